@@ -1,0 +1,1 @@
+"""Kernels and their reference in plain torch; installed as ``vas_engine.kernels``."""

@@ -1,0 +1,110 @@
+"""Checks of arguments: one function per sort of value; each error names the argument and the fix."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from vas_engine.errors import InvalidArgumentError, nearest
+
+T = TypeVar("T", bound=type)
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def unknown_argument(name: str, value: object, known: Collection[str], aliases: Mapping[str, str]) -> None:
+    """Raises InvalidArgumentError for an argument nobody knows, with the one that was probably meant."""
+    alias = aliases.get(name)
+    hint = f"did you mean {alias!r}?" if alias else nearest(name, known)
+    raise InvalidArgumentError(name, value, f"unknown argument; {hint}")
+
+
+def names_nearest(aliases: Mapping[str, str] | None = None) -> Callable[[T], T]:
+    """Class decorator: an unknown keyword of the constructor names the nearest right one.
+
+    Python's own TypeError names the wrong keyword only. `aliases` maps names of other libraries to ours.
+    """
+
+    def decorate(cls: T) -> T:
+        original = cls.__init__  # type: ignore[misc]
+        known = [name for name in inspect.signature(original).parameters if name != "self"]
+
+        @functools.wraps(original)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            for name in kwargs:
+                if name not in known:
+                    unknown_argument(name, kwargs[name], known, aliases or {})
+            original(self, *args, **kwargs)
+
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An int in [low, high]; True and 3.0 are not ints, NumPy's integers are."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InvalidArgumentError(name, value, "must be an integer")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise InvalidArgumentError(name, value, f"must be {_range(low, high)}")
+    return number
+
+
+def real(
+    name: str, value: object, low: float | None = None, high: float | None = None, *, above_low: bool = False
+) -> float:
+    """A finite float in [low, high], or in (low, high] with `above_low`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidArgumentError(name, value, "must be a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise InvalidArgumentError(name, value, "must be finite, neither NaN nor infinite")
+    too_low = low is not None and (number <= low if above_low else number < low)
+    if too_low or (high is not None and number > high):
+        raise InvalidArgumentError(name, value, f"must be {_range(low, high, above_low)}")
+    return number
+
+
+def boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(name, value, "must be True or False")
+    return value
+
+
+def choice(name: str, value: object, options: Collection[str]) -> str:
+    """One of `options`; a near miss is named."""
+    if not isinstance(value, str) or value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        hint = f" ({nearest(value, options)})" if isinstance(value, str) else ""
+        raise InvalidArgumentError(name, value, f"must be one of {listed}{hint}")
+    return value
+
+
+def size_in_bytes(name: str, value: object) -> int:
+    """Bytes from an int or a text such as "2GiB" or "1.5 GB" (GB counts in 1000s, GiB in 1024s)."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            fix = "write bytes as a number or with a unit, such as '2GiB' or '512MB'"
+            raise InvalidArgumentError(name, value, fix)
+        return integer(name, int(float(match[1]) * unit), 1)
+    return integer(name, value, 1)
+
+
+def _range(low: float | None, high: float | None, above_low: bool = False) -> str:
+    parts = []
+    if low is not None:
+        parts.append(f"above {low}" if above_low else f"at least {low}")
+    if high is not None:
+        parts.append(f"at most {high}")
+    return " and ".join(parts)

@@ -1,0 +1,80 @@
+"""Sampling controls: what a request set once, gathered into arrays for the sequences of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from vas_engine.engine.sequence import Sequence
+from vas_engine.params import SamplingParams
+from vas_engine.sampling import SamplingArrays
+
+
+def knobs(params: SamplingParams) -> tuple[float, ...]:
+    """The per-request scalars in the order that ``gather`` unpacks them."""
+    return (
+        params.temperature,
+        max(params.top_k, 0),
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.tail == "keep",
+    )
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def gather(sequences: Seq[Sequence], num_candidates: np.ndarray) -> SamplingArrays:
+    """Arrays for the next token of each sequence; its position is the sequence's length."""
+    matrix = np.array([s.knobs for s in sequences], np.float64).reshape(len(sequences), 8)
+    history = _rows([_history(s) if s.penalised else None for s in sequences], np.int32)
+    bias = _rows([_bias(s) for s in sequences], np.float32)
+    return SamplingArrays(
+        temperature=matrix[:, 0].copy(),
+        top_k=matrix[:, 1].astype(np.int32),
+        top_p=matrix[:, 2].copy(),
+        min_p=matrix[:, 3].copy(),
+        repetition_penalty=matrix[:, 4].copy(),
+        presence_penalty=matrix[:, 5].copy(),
+        frequency_penalty=matrix[:, 6].copy(),
+        seed=np.array([s.seed for s in sequences], np.uint64),
+        position=np.array([len(s.token_ids) for s in sequences], np.int64),
+        num_candidates=num_candidates.astype(np.int32),
+        keep_tail=matrix[:, 7] != 0,
+        history_offsets=history[0],
+        history_ids=history[1],
+        history_counts=history[2],
+        bias_offsets=bias[0],
+        bias_ids=bias[1],
+        bias_values=bias[2],
+    )
+
+
+def _history(sequence: Sequence) -> dict[int, int]:
+    """Token -> times generated (0: only in the prompt), brought up to the sequence's length."""
+    counts = sequence.token_counts
+    for token in sequence.token_ids[sequence.counted :]:
+        generated = sequence.counted >= sequence.prompt_len
+        counts[token] = counts.get(token, 0) + generated
+        sequence.counted += 1
+    return counts
+
+
+def _bias(sequence: Sequence) -> dict[int, float] | None:
+    if len(sequence.token_ids) - sequence.prompt_len < sequence.params.min_tokens:
+        return {**sequence.bias, **dict.fromkeys(sequence.end_ids, -np.inf)}
+    return sequence.bias or None
+
+
+def _rows(entries: list[dict | None], dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Dictionaries as compressed rows: offsets, keys, values."""
+    offsets = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum([len(e) if e else 0 for e in entries], out=offsets[1:])
+    keys = np.fromiter((k for e in entries if e for k in e), np.int32, offsets[-1])
+    values = np.fromiter((v for e in entries if e for v in e.values()), dtype, offsets[-1])
+    return offsets, keys, values

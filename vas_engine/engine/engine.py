@@ -1,0 +1,566 @@
+"""The engine: requests in, token events out, one pass of the models a step.
+
+Plain decoding is guided decoding with one candidate. Every running sequence goes through the same steps
+(forward, select, score, choose); one without values has a single row to choose from and nothing to score.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vas_engine.engine.blocks import BlockManager
+from vas_engine.engine.controls import gather, has_penalties, knobs
+from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
+from vas_engine.engine.guide import Guide, Hidden
+from vas_engine.engine.rows import Rows, pack, slot
+from vas_engine.engine.scheduler import Scheduler, Work
+from vas_engine.engine.sequence import Sequence
+from vas_engine.errors import InvalidArgumentError, NonFiniteError
+from vas_engine.model.cache import KVCache
+from vas_engine.model.lm import CausalLM
+from vas_engine.params import SamplingParams
+from vas_engine.sampling import Selection, choose, fork_seed, prune, select, value_tilt
+from vas_engine.values.scorer import Scorer
+
+
+class Engine:
+    """Continuous-batching decoder over paged K/V.
+
+    Args:
+        lm: the frozen base model; its pages are allocated here.
+        scorers: name -> bound value network (see ``Guide`` for the names of the values they give).
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: rows a step may process; candidates and prefill tokens count alike.
+        max_model_len: longest sequence, prompt included.
+        num_blocks: pages of the KV cache; every cache (base, side networks, value models) has as many.
+        block_size: tokens a page.
+        enable_prefix_caching: reuse pages of equal prefixes.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        scorers: Mapping[str, Scorer] | None = None,
+        *,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        max_model_len: int | None = None,
+        num_blocks: int = 1024,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.lm = lm
+        scorers = dict(scorers or {})
+        made_for = [lm.max_model_len, *(getattr(s, "max_model_len", lm.max_model_len) for s in scorers.values())]
+        self.max_model_len = min(max_model_len or lm.max_model_len, *made_for)
+        self.block_size = block_size
+        lm.allocate(num_blocks, block_size)
+        for scorer in scorers.values():
+            scorer.allocate(num_blocks, block_size)
+        self.guide = Guide(lm, scorers)
+        self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
+        self.stats = EngineStats()
+        self._live: dict[str, list[Sequence]] = {}
+        self._arrivals = 0
+        self._ended: list[TokenEvent] = []
+
+    @staticmethod
+    def bytes_per_block(lm: CausalLM, scorers: Mapping[str, Scorer], block_size: int) -> int:
+        """Bytes that one page takes in all caches together: the base model's and the networks' own."""
+        shapes = [*lm.layer_shapes, *(shape for scorer in scorers.values() for shape in scorer.cache_layers)]
+        return KVCache.bytes_per_block(shapes, block_size, lm.dtype)
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    @property
+    def value_names(self) -> list[str]:
+        return self.guide.value_names
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._live) or bool(self._ended)
+
+    def add_request(
+        self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, priority: int = 0
+    ) -> None:
+        """Queue a request; its ``n`` samples share the prompt's pages.
+
+        Raises:
+            InvalidArgumentError: names what does not fit; nothing of the request is kept.
+        """
+        if request_id in self._live:
+            raise InvalidArgumentError("request_id", request_id, "already running; give every request its own")
+        prompt = [int(token) for token in prompt_ids]
+        self._check_prompt(prompt)
+        params.check(vocab_size=self.lm.vocab_size, value_names=self.value_names)
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        sequence = self._sequence(request_id, 0, prompt, params, seed, priority)
+        self.scheduler.add(sequence)
+        self._live[request_id] = [sequence]
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise InvalidArgumentError("prompt", prompt, "is empty; give at least one token (the model's BOS, say)")
+        if len(prompt) >= self.max_model_len:
+            fix = f"has {len(prompt)} tokens; with room for one more it must be under max_model_len={self.max_model_len}"
+            raise InvalidArgumentError("prompt", f"[{len(prompt)} tokens]", fix)
+        worst = min(prompt) if min(prompt) < 0 else max(prompt)
+        if not 0 <= worst < self.lm.vocab_size:
+            fix = f"is no token of this model; ids run from 0 to {self.lm.vocab_size - 1} (another tokenizer's?)"
+            raise InvalidArgumentError("prompt", worst, fix)
+
+    def _sequence(
+        self, request_id: str, index: int, prompt: list[int], params: SamplingParams, seed: int, priority: int
+    ) -> Sequence:
+        self._arrivals += 1
+        sequence = Sequence(
+            request_id=request_id,
+            index=index,
+            prompt_len=len(prompt),
+            token_ids=list(prompt),
+            params=params,
+            seed=seed,
+            priority=priority,
+            arrival=self._arrivals,
+        )
+        self.guide.admit(sequence, params)
+        guided = bool(sequence.networks)
+        sequence.rows_per_token = params.num_candidates + 1 if guided else 1
+        sequence.num_candidates = params.num_candidates if guided else 0
+        # The winner's own K/V is written when it is chosen, a step before the base model processes it.
+        sequence.reserve_slots = int(sequence.own_cache or sequence.lookahead)
+        sequence.forks = params.n - 1 if index == 0 else 0
+        sequence.salt = self.guide.salt(sequence)
+        sequence.use_prefix_cache = not params.return_hidden_states
+        sequence.knobs = knobs(params)
+        sequence.penalised = has_penalties(params)
+        sequence.bias = dict(params.logit_bias or {})
+        eos = () if params.ignore_eos else self.lm.eos_token_ids
+        sequence.end_ids = frozenset(eos) | frozenset(params.stop_token_ids or ())
+        sequence.all_needed = params.exact or params.baseline == "candidate-mean"
+        return sequence
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at once; the next ``step`` reports its sequences as aborted. Unknown ids are ignored."""
+        for sequence in self._live.pop(request_id, []):
+            self.scheduler.finish(sequence)
+            self._ended.append(TokenEvent(request_id, sequence.index, finish_reason="abort", seed=sequence.seed))
+
+    def finish(self, request_id: str, index: int, reason: str = "stop") -> None:
+        """End one sample (its text met a stop string, say); no further event comes for it."""
+        for sequence in self._live.get(request_id, []):
+            if sequence.index == index:
+                self._remove(sequence)
+                return
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        siblings = self._live[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request_id]
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenEvent]:
+        """One pass: forward all planned rows, then choose a token for every sequence whose logits are at hand."""
+        events, self._ended = self._ended, []
+        plan = self.scheduler.schedule()
+        for sequence, error in plan.failed:
+            events += self._fail(sequence, error)
+        for sequence in plan.preempted:
+            sequence.forget()
+        if plan.works:
+            with torch.inference_mode():
+                self._run(plan.works, events)
+        return events
+
+    def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
+        warm = {i for i, work in enumerate(planned) if _needs_warm_row(work)}
+        works, rows = pack(planned, warm, self.block_size)
+        device = self.lm.device
+        forward = self.lm.forward(rows.tokens(device), rows.batch(device), None, self.guide.states)
+        hidden: Hidden = forward.hidden
+        self.stats.steps += 1
+        self.stats.model_rows += len(rows)
+
+        completes = [work.completes and not work.is_candidates for work in works]
+        starts = [_fill_start(work, rows, g) for g, work in enumerate(works)]
+        if any(start >= 0 for start in starts):
+            self.guide.fill(rows, starts, hidden, completes)
+
+        ready: list[Sequence] = []
+        at: list[int] = []
+        for g, work in enumerate(works):
+            sequence = work.sequence
+            if sequence.params.return_hidden_states and not work.is_candidates:
+                end = int(rows.offsets[g + 1])
+                _keep_hidden(sequence, forward.last_hidden[end - work.count : end], work.start)
+            if completes[g]:
+                ready.append(sequence)
+                at.append(int(rows.offsets[g + 1]) - 1)
+        self._choose_lookahead(works, rows, forward.last_hidden, hidden, ready, at, events)
+        for work in works:
+            if not work.is_candidates:
+                self.scheduler.computed(work)
+        drained = [i for i, sequence in enumerate(ready) if sequence.draining]
+        for i in reversed(drained):
+            sequence = ready.pop(i)
+            del at[i]
+            self._remove(sequence)
+            events.append(self._event(sequence, finish_reason=sequence.draining, hidden=_take(sequence)))
+        if ready:
+            logits = self.lm.logits(forward.last_hidden[torch.tensor(at, device=device)])
+            self._choose(ready, at, logits, hidden, events)
+
+    # -- choosing --------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, ready: list[Sequence], at: list[int], logits: torch.Tensor, hidden: Hidden, events: list[TokenEvent]
+    ) -> None:
+        """Select candidates for every ready sequence; those without lookahead get their token now."""
+        source = list(range(len(ready)))
+        for i in range(len(ready)):
+            for child in self._fork(ready[i]):
+                ready.append(child)
+                source.append(i)
+        num_candidates = np.array([s.num_candidates for s in ready], np.int64)
+        arrays = gather(ready, num_candidates)
+        chosen_rows = np.array(source, np.int64)
+        selection = select(logits, chosen_rows, arrays)
+        self._list_alternatives(ready, logits, chosen_rows, num_candidates)
+        self._drop_failed(ready, selection.finite, "logits", events)
+        before: Hidden = {}
+        if any(s.reads_before for s in ready):
+            index = torch.tensor([at[i] for i in source], device=logits.device)
+            before = {j: states[index] for j, states in hidden.items()}
+        wait = np.array([s.lookahead for s in ready], bool) & selection.finite
+        for i in np.flatnonzero(wait):
+            sequence, count = ready[i], int(selection.count[i])
+            sequence.pending = selection.token_ids[i, :count].copy()
+            sequence.selection = _pick(selection, np.array([i]), count)
+            sequence.carry = {j: states[i] for j, states in before.items()} if sequence.reads_before else None
+        now = np.flatnonzero(~wait & selection.finite)
+        if len(now):
+            part = selection if len(now) == len(ready) else _pick(selection, now)
+            here = torch.from_numpy(now).to(logits.device)
+            near = {j: states[here] for j, states in before.items()} if len(now) < len(ready) else before
+            self._decide([ready[i] for i in now], part, near, None, events)
+
+    def _choose_lookahead(
+        self,
+        works: list[Work],
+        rows: Rows,
+        last_hidden: torch.Tensor,
+        hidden: Hidden,
+        ready: list[Sequence],
+        at: list[int],
+        events: list[TokenEvent],
+    ) -> None:
+        """Choose among candidates that this step's forward processed; the winner's logits are then at hand."""
+        groups = [g for g, work in enumerate(works) if work.is_candidates]
+        if not groups:
+            return
+        sequences = [works[g].sequence for g in groups]
+        index = np.concatenate([np.arange(rows.offsets[g], rows.offsets[g + 1]) for g in groups])
+        located = torch.from_numpy(index).to(self.lm.device)
+        after = {j: states[located] for j, states in hidden.items()}
+        before = {
+            j: torch.stack([s.carry[j] if s.carry else hidden[j].new_zeros(hidden[j].shape[1]) for s in sequences])
+            for j in self.guide.states
+        }
+        selection = _stack([s.selection for s in sequences])
+        firsts = np.array([rows.offsets[g] for g in groups], np.int64)
+        columns = self._decide(sequences, selection, before, after, events)
+        alive = np.flatnonzero(columns >= 0)
+        winners = firsts[alive] + columns[alive]
+        targets = [slot(sequences[i], len(sequences[i].token_ids) - 1, self.block_size) for i in alive]
+        if len(alive):
+            device = self.lm.device
+            self.lm.commit(torch.from_numpy(winners).to(device), torch.tensor(targets, device=device))
+        for i, row in zip(alive, winners, strict=True):
+            sequence = sequences[i]
+            sequence.pending = sequence.selection = None
+            self.scheduler.computed(works[groups[i]])
+            if sequence.params.return_hidden_states:
+                _keep_hidden(sequence, last_hidden[row : row + 1], len(sequence.token_ids) - 1)
+            ready.append(sequence)
+            at.append(int(row))
+
+    def _decide(
+        self,
+        sequences: list[Sequence],
+        selection: Selection,
+        before: Hidden,
+        after: Hidden | None,
+        events: list[TokenEvent],
+    ) -> np.ndarray:
+        """Score, tilt and choose; append the winners and report them.
+
+        Returns:
+            int64 [S]: the winner's column, or -1 for a sequence that ended here.
+        """
+        width = selection.token_ids.shape[1]
+        filled = np.arange(width) < selection.count[:, None]
+        tilt = np.where(filled, 0.0, -np.inf)
+        guided = np.array([bool(s.networks) for s in sequences])
+        evaluated = np.zeros(len(sequences), np.int64)
+        fine = np.ones(len(sequences), bool)
+        place = None
+        if guided.any():
+            users = [s for s in sequences if s.networks]
+            part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
+            needed = self._needed(users, part, after is not None)
+            local, column = np.nonzero(needed)
+            counts = needed.sum(1)
+            owner = np.flatnonzero(guided)
+            here = torch.from_numpy(owner)
+            near = before if guided.all() else {j: h[here.to(h.device)] for j, h in before.items()}
+            scores, scratch = self.guide.score(users, part.token_ids[local, column], counts, near, after)
+            rows_tilt = self._tilt(users, part, scores.utilities, local, column)
+            tilt[guided] = np.where(needed, 0.0, -np.inf)
+            tilt[owner[local], column] = rows_tilt
+            evaluated[guided] = counts
+            fine[owner[local[~np.isfinite(rows_tilt) | ~np.isfinite(scores.values).all(1)]]] = False
+            tilt[~fine] = np.where(filled[~fine], 0.0, -np.inf)
+            place = np.full((len(sequences), width), -1, np.int64)
+            place[owner[local], column] = np.arange(len(local))
+            self.stats.value_rows += len(local)
+            self.stats.pruned_rows += int(part.count.sum()) - len(local)
+        winners = choose(selection, tilt)
+        if place is not None:
+            row = place[np.arange(len(sequences)), winners.column]
+            self._advance(sequences, guided & fine, row, scores, scratch)
+        self._drop_failed(sequences, fine, "values", events)
+        result = np.where(fine, winners.column, -1)
+        for i, sequence in enumerate(sequences):
+            if not fine[i]:
+                continue
+            event = self._accept(sequence, winners, i, int(evaluated[i]))
+            if sequence.alternatives is not None:
+                event.top_logprobs = _alternatives(sequence, selection, tilt, winners, i)
+            events.append(event)
+            if event.finish_reason is not None:
+                result[i] = -1
+        return result
+
+    def _needed(self, users: list[Sequence], selection: Selection, lookahead: bool) -> np.ndarray:
+        filled = np.arange(selection.token_ids.shape[1]) < selection.count[:, None]
+        if lookahead:
+            # Their candidates have been through the model already: there is nothing left to spare.
+            return filled
+        low, high = self.guide.tilt_bounds(users)
+        margin = 1e-5 * (1.0 + np.abs(low) + np.abs(high))  # bounds are exact, float32 tilts are not
+        return prune(selection, low - margin, high + margin, np.array([s.all_needed for s in users]))
+
+    def _tilt(
+        self, users: list[Sequence], selection: Selection, utilities: np.ndarray, local: np.ndarray, column: np.ndarray
+    ) -> np.ndarray:
+        """T of each scored row, float64 [R]; the tail champion's is 0 by definition."""
+        baselines = np.stack([s.utilities for s in users])
+        is_tail = column == selection.tail[local]
+        for i, sequence in enumerate(users):
+            if sequence.params.baseline == "candidate-mean":
+                baselines[i] = utilities[(local == i) & ~is_tail].mean(0)
+        limits = np.stack([s.limits for s in users])
+        return np.where(is_tail, 0.0, value_tilt(utilities, baselines, limits, local))
+
+    def _advance(self, sequences: list[Sequence], move: np.ndarray, row: np.ndarray, scores, scratch) -> None:
+        """The winner's value becomes the state's; its K/V in the networks' scratch goes to their pages."""
+        for i in np.flatnonzero(move):
+            sequences[i].state_values = scores.values[row[i]]
+            sequences[i].utilities = scores.utilities[row[i]]
+            sequences[i].filled = len(sequences[i].token_ids) + 1
+        for network, number in scratch:
+            used = [i for i in np.flatnonzero(move) if number[row[i]] >= 0]
+            if used:
+                slots = [slot(sequences[i], len(sequences[i].token_ids), self.block_size) for i in used]
+                device = self.lm.device
+                network.scorer.commit(
+                    torch.from_numpy(number[row[used]]).to(device), torch.tensor(slots, device=device)
+                )
+
+    def _accept(self, sequence: Sequence, winners, i: int, evaluations: int) -> TokenEvent:
+        token = int(winners.token_id[i])
+        sequence.token_ids.append(token)
+        self.stats.tokens += 1
+        values = {}
+        if sequence.reports and sequence.state_values is not None:
+            values = {self.value_names[m]: float(sequence.state_values[m]) for m in sequence.reports}
+        event = self._event(
+            sequence,
+            token_id=token,
+            log_prob=float(winners.log_prob[i]),
+            tilted_log_prob=float(winners.tilted_log_prob[i]),
+            kl=float(winners.kl[i]),
+            values=values,
+            evaluations=evaluations,
+        )
+        generated = len(sequence.token_ids) - sequence.prompt_len
+        params = sequence.params
+        if token in sequence.end_ids:
+            event.finish_reason, event.stop_token = "stop", token
+        elif generated >= (params.max_tokens or self.max_model_len) or len(sequence.token_ids) >= self.max_model_len:
+            event.finish_reason = "length"
+        if params.return_hidden_states:
+            if event.finish_reason is not None:
+                # One more forward gives the last token's state; the end is reported with it.
+                sequence.draining, event.finish_reason = event.finish_reason, None
+                sequence.pending = None
+            else:
+                event.hidden = _take(sequence)
+        elif event.finish_reason is not None:
+            self._remove(sequence)
+        return event
+
+    # -- forks, failures, extras -----------------------------------------------------------------------------
+
+    def _fork(self, parent: Sequence) -> list[Sequence]:
+        """The other samples of a request whose prompt is complete; they share its pages and its logits.
+
+        A sibling that finds no seat or no page now waits in the queue like any request.
+        """
+        if parent.index or parent.forked or parent.params.n == 1:
+            return []
+        parent.forked = True
+        prompt = parent.token_ids
+        children = [
+            self._sequence(parent.request_id, i, prompt, parent.params, fork_seed(parent.seed, i), parent.priority)
+            for i in range(1, parent.params.n)
+        ]
+        self._live[parent.request_id] += children
+        copies = self.scheduler.fork(parent, children)
+        if copies:
+            sources, targets = (list(x) for x in zip(*copies, strict=True))
+            for cache in [self.lm.cache, *self.guide.caches()]:
+                cache.copy_blocks(sources, targets)
+        ready = [child for child in children if child.block_table]
+        for child in ready:
+            child.filled, child.carry = parent.filled, parent.carry
+            child.state_values, child.utilities = parent.state_values, parent.utilities
+            child.hidden, child.num_hidden = list(parent.hidden), parent.num_hidden
+        return ready
+
+    def _drop_failed(
+        self, sequences: Seq[Sequence], fine: np.ndarray, what: str, events: list[TokenEvent]
+    ) -> None:
+        for i in np.flatnonzero(~fine):
+            error = NonFiniteError(
+                f"{what} of request {sequences[i].request_id!r} are not finite at position "
+                f"{len(sequences[i].token_ids)}: check logit_bias, the dtype (float16 overflows) and the value's weights"
+            )
+            events += self._fail(sequences[i], error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> list[TokenEvent]:
+        """End a sequence with an error; samples of the same request that were never started end with it."""
+        missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
+        self._remove(sequence)
+        ended = [self._event(sequence, finish_reason="error", error=error)]
+        return ended + [replace(ended[0], index=i) for i in missing]
+
+    def _event(self, sequence: Sequence, **fields) -> TokenEvent:
+        return TokenEvent(sequence.request_id, sequence.index, seed=sequence.seed, **fields)
+
+    def _list_alternatives(
+        self, ready: list[Sequence], logits: torch.Tensor, rows: np.ndarray, num_candidates: np.ndarray
+    ) -> None:
+        """Most probable tokens of the position, for sequences that report them."""
+        wanted = [i for i, s in enumerate(ready) if s.params.logprobs]
+        if not wanted:
+            return
+        part = [ready[i] for i in wanted]
+        top = select(logits, rows[wanted], gather(part, np.array([s.params.logprobs for s in part])))
+        for k, sequence in enumerate(part):
+            count = min(int(top.count[k]), sequence.params.logprobs)
+            sequence.alternatives = (top.token_ids[k, :count].copy(), top.log_probs[k, :count].copy())
+
+
+def _needs_warm_row(work: Work) -> bool:
+    sequence = work.sequence
+    if work.is_candidates or not sequence.networks or sequence.filled > work.start:
+        return False
+    sequence.filled = work.start  # a prefix-cache hit brings the networks' own pages along
+    return sequence.reads_before and sequence.carry is None and work.start > 0
+
+
+def _fill_start(work: Work, rows: Rows, group: int) -> int:
+    """First row of a group that is new to the value networks, or -1."""
+    sequence = work.sequence
+    if work.is_candidates or not sequence.networks or sequence.filled >= work.start + work.count:
+        return -1
+    return int(rows.offsets[group + 1]) - work.count
+
+
+def _keep_hidden(sequence: Sequence, states: torch.Tensor, start: int) -> None:
+    """Note the states of positions from ``start`` on; those noted before a preemption are not noted again."""
+    new = start + len(states) - sequence.num_hidden
+    if new > 0:
+        sequence.hidden.append(states[-new:].clone())
+        sequence.num_hidden += new
+
+
+def _take(sequence: Sequence) -> torch.Tensor | None:
+    parts, sequence.hidden = sequence.hidden, []
+    return torch.cat(parts) if parts else None
+
+
+def _pick(selection: Selection, index: np.ndarray, width: int | None = None) -> Selection:
+    return Selection(
+        token_ids=selection.token_ids[index, :width],
+        log_probs=selection.log_probs[index, :width],
+        noise=selection.noise[index, :width],
+        count=selection.count[index],
+        tail=selection.tail[index],
+        tail_log_mass=selection.tail_log_mass[index],
+        finite=selection.finite[index],
+    )
+
+
+def _stack(parts: list[Selection]) -> Selection:
+    """Selections of single sequences as one, padded to the widest."""
+    width = max(p.token_ids.shape[1] for p in parts)
+
+    def pad(name: str, value: float) -> np.ndarray:
+        arrays = [getattr(p, name) for p in parts]
+        return np.concatenate(
+            [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value) for a in arrays]
+        )
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(p, name) for p in parts])
+
+    return Selection(
+        token_ids=pad("token_ids", -1),
+        log_probs=pad("log_probs", -np.inf),
+        noise=pad("noise", 0.0),
+        count=join("count"),
+        tail=join("tail"),
+        tail_log_mass=join("tail_log_mass"),
+        finite=join("finite"),
+    )
+
+
+def _alternatives(sequence: Sequence, selection: Selection, tilt: np.ndarray, winners, i: int) -> list[TokenLogprob]:
+    """The stored alternatives with their tilted log-probabilities: log pi = log pi0 + T - log Z."""
+    token_ids, log_probs = sequence.alternatives
+    sequence.alternatives = None
+    column = int(winners.column[i])
+    log_z = winners.log_prob[i] + tilt[i, column] - winners.tilted_log_prob[i]
+    candidates = {int(t): k for k, t in enumerate(selection.token_ids[i]) if t >= 0}
+    guided = bool(sequence.networks)
+    outside = 0.0 if sequence.params.tail == "keep" or not guided else -np.inf
+    return [
+        TokenLogprob(
+            int(token),
+            float(log_prob),
+            float(log_prob + (tilt[i, candidates[int(token)]] if int(token) in candidates else outside) - log_z),
+        )
+        for token, log_prob in zip(token_ids, log_probs, strict=True)
+    ]

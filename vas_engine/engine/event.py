@@ -1,0 +1,72 @@
+"""What the engine says after a step: one event a token, in token ids; text is made further out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+class TokenLogprob(NamedTuple):
+    """One alternative of a position: its log-probability under the base and under the guided policy."""
+
+    token_id: int
+    log_prob: float
+    tilted_log_prob: float
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """One token of one sequence, or its end without a token (abort, error, the last hidden states).
+
+    Attributes:
+        request_id: as given to ``Engine.add_request``.
+        index: which of the request's ``n`` samples.
+        token_id: the token, or None when the event only ends the sequence.
+        log_prob: log pi0(token), nats; pi0 is the base distribution after penalties, temperature and cuts.
+        tilted_log_prob: log pi(token), nats; NaN when pruning left the normaliser unknown.
+        kl: KL(pi || pi0) of this position, nats, exact; NaN under the same rule.
+        values: value name -> V(s with this token), in the reward's units; empty for plain requests.
+        top_logprobs: the most probable tokens of the position, when the request asked for them.
+        evaluations: rows the value networks scored for this token.
+        finish_reason: "stop", "length", "abort" or "error" when the sequence ends here.
+        stop_token: the token id that ended it, if one did.
+        error: why it failed, with finish_reason "error".
+        seed: the sequence's noise key.
+        hidden: final hidden states [positions, hidden] of tokens computed since the last event, on request.
+    """
+
+    request_id: str
+    index: int
+    token_id: int | None = None
+    log_prob: float = 0.0
+    tilted_log_prob: float = 0.0
+    kl: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+    top_logprobs: list[TokenLogprob] | None = None
+    evaluations: int = 0
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    error: Exception | None = None
+    seed: int = 0
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine was made.
+
+    Attributes:
+        steps: calls of ``Engine.step`` that ran the model.
+        tokens: tokens emitted.
+        model_rows: rows the base model processed (prefill, decode and lookahead alike).
+        value_rows: rows the value networks scored to choose tokens.
+        pruned_rows: candidate rows that pruning spared.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    model_rows: int = 0
+    value_rows: int = 0
+    pruned_rows: int = 0

@@ -1,0 +1,294 @@
+"""The value networks of an engine over the rows of a step: fill their caches, score candidates, compose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vas_engine.engine.rows import Rows, unslotted
+from vas_engine.engine.sequence import Sequence
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.model.lm import CausalLM
+from vas_engine.params import SamplingParams
+from vas_engine.values.scorer import Scorer
+
+Hidden = dict[int, torch.Tensor]
+"""Hidden-state index -> [rows, hidden size], as the base model's forward returns them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A loaded scorer and its place among the engine's values: ``columns`` of every [rows, values] array."""
+
+    name: str
+    scorer: Scorer
+    columns: slice
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether it needs the hidden state of the position before a token."""
+        return self.scorer.input == "action"
+
+    @property
+    def reads_after(self) -> bool:
+        """Whether it needs the base model's hidden state of the candidate itself: a lookahead."""
+        return self.scorer.input == "lookahead"
+
+
+@dataclass(slots=True)
+class Scores:
+    """Values and utilities of rows, float32 [R, values]; zero where a request does not use a value.
+
+    The utility U is what a tilt compares: w V for the mean tilt, log E[exp(w R)] for the optimal one
+    (Han et al. 2024, eq. 5; Zhou et al. 2025 for the latter), so that T = sum_m clip(U_m(s, a) - U_m(s)).
+    """
+
+    values: np.ndarray
+    utilities: np.ndarray
+
+
+class Guide:
+    """Everything the engine knows about values.
+
+    Args:
+        lm: the base model.
+        scorers: name -> bound network. A network of one head gives the value ``name``, one of several gives
+            ``name.head``; a network under the empty name gives its heads' own names.
+    """
+
+    def __init__(self, lm: CausalLM, scorers: Mapping[str, Scorer]) -> None:
+        self.lm = lm
+        self.networks: list[Network] = []
+        self.value_names: list[str] = []
+        for name, scorer in scorers.items():
+            heads = [head.name for head in scorer.config.heads]
+            names = heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
+            columns = slice(len(self.value_names), len(self.value_names) + len(names))
+            for value in names:
+                if value in self.value_names:
+                    raise InvalidArgumentError("values", value, "two networks give this name; load one under another")
+            self.value_names += names
+            self.networks.append(Network(name, scorer, columns))
+        self.states = sorted({j for network in self.networks for j in network.scorer.states})
+        bounds = [b for network in self.networks for b in network.scorer.heads.bounds]
+        self._low = np.array([low for low, _ in bounds], np.float64)
+        self._high = np.array([high for _, high in bounds], np.float64)
+
+    # -- admission -------------------------------------------------------------------------------------------
+
+    def admit(self, sequence: Sequence, params: SamplingParams) -> None:
+        """Resolve a request's weights against the loaded values; raises InvalidArgumentError for a wrong tilt."""
+        weights = np.array([params.values.get(name, 0.0) for name in self.value_names], np.float32)
+        named = [name in params.values for name in self.value_names]
+        used = [i for i, network in enumerate(self.networks) if any(named[network.columns])]
+        if params.tilt == "optimal":
+            for i in used:
+                network = self.networks[i]
+                for head, weight in zip(network.scorer.config.heads, weights[network.columns], strict=True):
+                    if weight and head.support is None:
+                        fix = f"value {head.name!r} has a scalar head; use tilt='mean' or train it --distributional"
+                        raise InvalidArgumentError("tilt", params.tilt, fix)
+        sequence.weights = weights
+        sequence.networks = tuple(used)
+        sequence.reports = tuple(self.value_names.index(name) for name in params.values)
+        clip = np.inf if params.advantage_clip is None else params.advantage_clip
+        # 0 * inf is undefined; a value without weight moves nothing and its limit is 0.
+        limits = np.zeros(len(weights))
+        np.multiply(np.abs(weights), clip, out=limits, where=weights != 0)
+        sequence.limits = limits
+        sequence.optimal = params.tilt == "optimal"
+        sequence.lookahead = any(self.networks[i].reads_after for i in used)
+        sequence.reads_before = any(self.networks[i].reads_before for i in used)
+        sequence.own_cache = any(self.networks[i].scorer.cache is not None for i in used)
+
+    def salt(self, sequence: Sequence) -> bytes:
+        """What besides the tokens decides the content of a sequence's pages: the networks that write to them."""
+        names = [self.networks[i].name for i in sequence.networks if self.networks[i].scorer.cache is not None]
+        return "\0".join(names).encode()
+
+    def caches(self) -> list:
+        return [n.scorer.cache for n in self.networks if n.scorer.cache is not None]
+
+    # -- prefill ---------------------------------------------------------------------------------------------
+
+    def fill(self, rows: Rows, starts: Seq[int], hidden: Hidden, completes: Seq[bool]) -> None:
+        """Run the networks over prefill rows: own K/V to their pages, and V(s) of prompts that are complete.
+
+        Args:
+            rows: the rows of the base model's forward.
+            starts: for each group the row from which on positions are new to the networks (a row before it,
+                if any, is there for its hidden state alone); -1 for groups with nothing to fill.
+            hidden: of every row of that forward.
+            completes: groups whose last row is the last token of the sequence: its V becomes the state's.
+        """
+        groups = [g for g, start in enumerate(starts) if start >= 0]
+        done = [g for g in groups if completes[g]]
+        for g in done:
+            rows.sequences[g].state_values = np.zeros(len(self.value_names), np.float32)
+            rows.sequences[g].utilities = np.zeros(len(self.value_names), np.float32)
+        for index, network in enumerate(self.networks):
+            # Without K/V of its own a network has only the state's value to give.
+            chosen = groups if network.scorer.cache is not None else done
+            chosen = [g for g in chosen if index in rows.sequences[g].networks]
+            if chosen:
+                self._fill_network(network, rows, chosen, starts, hidden, completes)
+        last = np.asarray(rows.offsets[1:]) - 1
+        for g in groups:
+            sequence = rows.sequences[g]
+            sequence.filled = int(rows.positions[last[g]]) + 1
+            sequence.carry = (
+                {j: hidden[j][last[g]] for j in self.states} if sequence.reads_before and not completes[g] else None
+            )
+
+    def _fill_network(
+        self,
+        network: Network,
+        rows: Rows,
+        groups: list[int],
+        starts: Seq[int],
+        hidden: Hidden,
+        completes: Seq[bool],
+    ) -> None:
+        own = network.scorer.cache is not None
+        ends = [int(rows.offsets[g + 1]) for g in groups]
+        begins = [starts[g] if own else end - 1 for g, end in zip(groups, ends, strict=True)]
+        index = np.concatenate([np.arange(b, e) for b, e in zip(begins, ends, strict=True)])
+        counts = np.array([e - b for b, e in zip(begins, ends, strict=True)])
+        offsets = np.zeros(len(groups) + 1, np.int32)
+        np.cumsum(counts, out=offsets[1:])
+        positions = rows.positions[index]
+        slots = rows.slots[index] if own else np.full(len(index), -1, np.int64)
+        sequences = [rows.sequences[g] for g in groups]
+        prefix = (positions + (slots >= 0)).astype(np.int32)
+        part = Rows(sequences, rows.token_ids[index], positions, slots, prefix, offsets)
+        source, where = self._before(network, rows, groups, begins, index, hidden)
+        if network.reads_after:
+            source = _concatenate(hidden, network.scorer.states)
+            where = torch.from_numpy(index).to(self.lm.device)
+        batch = part.batch(self.lm.device)
+        ended = [i for i, g in enumerate(groups) if completes[g]]
+        wanted = torch.from_numpy(offsets[1:][ended].astype(np.int64) - 1).to(self.lm.device)
+        last = network.scorer.score(part.tokens(self.lm.device), source, where, batch, wanted)
+        if not ended:
+            return
+        finished = [sequences[i] for i in ended]
+        values, utilities = self._read(network, last, finished, np.arange(len(finished)))
+        for sequence, value, utility in zip(finished, values, utilities, strict=True):
+            sequence.state_values[network.columns] = value
+            sequence.utilities[network.columns] = utility
+
+    def _before(
+        self, network: Network, rows: Rows, groups: list[int], begins: list[int], index: np.ndarray, hidden: Hidden
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The hidden state before each row: of the row above, of the chunk before, or zeros for an empty prefix."""
+        if not network.reads_before:
+            return None, None
+        states = network.scorer.states
+        source = _concatenate(hidden, states)
+        where = index - 1
+        extra = [source.new_zeros(1, source.shape[1])]
+        zero = len(source)
+        for g, begin in zip(groups, begins, strict=True):
+            if begin > rows.offsets[g]:
+                continue
+            carry = rows.sequences[g].carry
+            target = zero
+            if carry is not None:
+                target = zero + len(extra)
+                extra.append(torch.cat([carry[j] for j in states]).unsqueeze(0))
+            where[index == begin] = target
+        return torch.cat([source, *extra]), torch.from_numpy(where).to(self.lm.device)
+
+    # -- candidates ------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        sequences: Seq[Sequence],
+        token_ids: np.ndarray,
+        counts: np.ndarray,
+        before: Hidden,
+        after: Hidden | None,
+    ) -> tuple[Scores, list[tuple[Network, np.ndarray]]]:
+        """Score candidate rows of all sequences at once.
+
+        Args:
+            sequences: S of them; candidates stand at position len(token_ids).
+            token_ids: int64 [R], grouped by sequence.
+            counts: int64 [S], rows of each.
+            before: hidden states [S, H] of the last position of each sequence.
+            after: hidden states [R, H] of the candidates themselves (lookahead), or None.
+
+        Returns:
+            Scores of the R rows, and per network with own K/V the number each row has in its scratch (-1: none).
+        """
+        device = self.lm.device
+        owner = np.repeat(np.arange(len(sequences)), counts)
+        shape = (len(token_ids), len(self.value_names))
+        scores = Scores(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        scratch: list[tuple[Network, np.ndarray]] = []
+        length = np.array([len(s.token_ids) for s in sequences], np.int64)
+        whole = unslotted(sequences, token_ids, length, counts)
+        whole_batch = None
+        for index, network in enumerate(self.networks):
+            uses = np.array([index in s.networks for s in sequences])
+            if not uses.any():
+                continue
+            if uses.all():
+                rows, users, picked = whole, sequences, slice(None)
+                whole_batch = whole_batch or whole.batch(device)
+                batch, member = whole_batch, owner
+            else:
+                picked = np.flatnonzero(uses[owner])
+                users = [s for s, u in zip(sequences, uses, strict=True) if u]
+                rows = unslotted(users, token_ids[picked], length[uses], counts[uses])
+                batch, member = rows.batch(device), np.repeat(np.arange(len(users)), counts[uses])
+            source, where = None, None
+            if network.reads_before:
+                source, where = _concatenate(before, network.scorer.states), owner[picked]
+            elif network.reads_after:
+                assert after is not None
+                source, where = _concatenate(after, network.scorer.states), np.arange(len(token_ids))[picked]
+            located = None if where is None else torch.from_numpy(where).to(device)
+            output = network.scorer.score(rows.tokens(device), source, located, batch)
+            values, utilities = self._read(network, output, users, member)
+            scores.values[picked, network.columns] = values
+            scores.utilities[picked, network.columns] = utilities
+            if network.scorer.cache is not None:
+                number = np.full(len(token_ids), -1, np.int64)
+                number[picked] = np.arange(len(rows))
+                scratch.append((network, number))
+        return scores, scratch
+
+    def _read(
+        self, network: Network, output: torch.Tensor, sequences: Seq[Sequence], owner: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values and utilities [R, heads of the network] from a head output."""
+        heads = network.scorer.heads
+        weights = np.stack([s.weights[network.columns] for s in sequences])[owner]
+        optimal = np.array([s.optimal for s in sequences])[owner]
+        values = heads.mean(output)
+        utilities = heads.utility(
+            output, torch.from_numpy(weights).to(output.device), torch.from_numpy(optimal).to(output.device)
+        )
+        return values.float().cpu().numpy(), utilities.float().cpu().numpy()
+
+    def tilt_bounds(self, sequences: Seq[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+        """What T(s, a) of any candidate is known to lie in before it is scored: float64 [S], [S]."""
+        weights = np.stack([s.weights for s in sequences]).astype(np.float64)
+        limits = np.stack([s.limits for s in sequences])
+        base = np.stack([s.utilities for s in sequences]).astype(np.float64)
+        used = weights != 0
+        ends = np.stack([self._low, self._high])
+        # w * inf is fine, 0 * inf is not: values without weight contribute nothing.
+        scaled = np.where(used, np.where(used, weights, 1.0) * ends[:, None, :], 0.0)
+        low = np.clip(scaled.min(0) - base, -limits, limits)
+        high = np.clip(scaled.max(0) - base, -limits, limits)
+        return np.where(used, low, 0.0).sum(1), np.where(used, high, 0.0).sum(1)
+
+
+def _concatenate(hidden: Hidden, states: Seq[int]) -> torch.Tensor:
+    return hidden[states[0]] if len(states) == 1 else torch.cat([hidden[j] for j in states], dim=-1)

@@ -1,0 +1,273 @@
+"""The front of the engine: token events in, requests with text out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from vas_engine.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher
+from vas_engine.engine.event import TokenEvent
+from vas_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from vas_engine.params import SamplingParams
+
+
+class Steps(Protocol):
+    """The part of the engine that is used here."""
+
+    def add_request(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> None: ...
+
+    def cancel(self, request_id: str) -> Any: ...
+
+    def finish(self, request_id: str, index: int, reason: str) -> Any: ...
+
+    def step(self) -> list[TokenEvent]: ...
+
+    @property
+    def has_unfinished(self) -> bool: ...
+
+
+class OutputFront:
+    """Requests in text: adds them to an engine, steps it, and keeps each request's output up to date.
+
+    Args:
+        engine: runs the requests.
+        tokenizer: turns ids to text; None leaves all text empty (stop strings then cannot be honoured).
+    """
+
+    def __init__(self, engine: Steps, tokenizer: Any | None) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self._pieces = Pieces(tokenizer)
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+    ) -> RequestOutput:
+        """Queues a request and returns its output, which grows in place with every step.
+
+        Raises:
+            VASError: the engine refuses the request; nothing is queued.
+        """
+        ids = list(prompt_ids)
+        self.engine.add_request(request_id, ids, params, priority)
+        request = _Request(request_id, ids, params, prompt, self._pieces)
+        self._requests[request_id] = request
+        return request.output
+
+    def step(self) -> list[RequestOutput]:
+        """One step of the engine. Returns the requests it touched; `delta_*` holds what this step added."""
+        return self.process(self.engine.step())
+
+    def process(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
+        """Takes a step's events into the outputs; ends sequences whose stop string came up."""
+        touched: dict[str, _Request] = {}
+        for event in events:
+            request = self._requests.get(event.request_id)
+            if request is None:
+                continue
+            if event.request_id not in touched:
+                touched[event.request_id] = request
+                request.start_step()
+            if request.take(event):
+                self.engine.finish(event.request_id, event.index, "stop")
+        for request_id, request in touched.items():
+            if request.close_if_done():
+                del self._requests[request_id]
+        return [request.output for request in touched.values()]
+
+    def cancel(self, request_id: str) -> RequestOutput | None:
+        """Ends a request; its unfinished completions keep their text, with finish_reason "abort"."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        self.engine.cancel(request_id)
+        request.start_step()
+        request.end_all("abort")
+        request.close_if_done()
+        return request.output
+
+    def cancel_all(self) -> None:
+        for request_id in list(self._requests):
+            self.cancel(request_id)
+
+
+class Pieces:
+    """Texts of single tokens, remembered; `pieces[token_id]` is None without a tokenizer."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        if token not in self._known:
+            self._known[token] = self._decode(token)
+        return self._known[token]
+
+    def _decode(self, token: int) -> str:
+        # Alone it would lose the space that decoders strip from the start of a text.
+        once, twice = (self.tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+        text = twice[len(once) :]
+        # Part of a character has no text of its own: the vocabulary's name of it stands in.
+        return self.tokenizer.convert_ids_to_tokens(token) if REPLACEMENT in text or not text else text
+
+
+class _Request:
+    """A running request: its output and one `_Completion` for each of its n sequences."""
+
+    def __init__(
+        self,
+        request_id: str,
+        ids: list[int],
+        params: SamplingParams,
+        prompt: str | None,
+        pieces: Pieces,
+    ) -> None:
+        self.completions = [_Completion(index, ids, params, pieces) for index in range(params.n)]
+        metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(ids))
+        outputs = [completion.output for completion in self.completions]
+        self.output = RequestOutput(request_id, prompt, ids, outputs, metrics=metrics)
+
+    def start_step(self) -> None:
+        for output in self.output.outputs:
+            output.delta_text, output.delta_token_ids = "", []
+
+    def take(self, event: TokenEvent) -> bool:
+        """Whether a stop string ended the sequence, which the engine does not know yet."""
+        metrics = self.output.metrics
+        metrics.value_evaluations += event.evaluations
+        if event.token_id is not None:
+            metrics.generated_tokens += 1
+            metrics.first_token = metrics.first_token or time.monotonic()
+        if event.error is not None:
+            self.output.error = self.output.error or event.error
+        return self.completions[event.index].take(event)
+
+    def end_all(self, reason: str) -> None:
+        for completion in self.completions:
+            if not completion.output.finished:
+                completion.end(reason)
+
+    def close_if_done(self) -> bool:
+        if not self.output.finished:
+            return False
+        self.output.metrics.finished = time.monotonic()
+        return True
+
+
+class _Completion:
+    """One sequence on its way to text."""
+
+    def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, pieces: Pieces) -> None:
+        self.params, self.pieces = params, pieces
+        self.output = CompletionOutput(index)
+        if params.logprobs is not None:
+            self.output.logprobs = []
+        if params.report_kl:
+            self.output.kl = 0.0
+        self.output.values = {name: [] for name in params.values or ()}
+        self.stops = StopMatcher(tuple(params.stop or ()), params.include_stop_str_in_output)
+        self.detokenizer = None
+        if pieces.tokenizer is not None:
+            self.detokenizer = Detokenizer(pieces.tokenizer, prompt_ids, params.skip_special_tokens)
+        self.hidden: list[torch.Tensor] = []
+
+    def take(self, event: TokenEvent) -> bool:
+        if self.output.finished:
+            return False
+        self.output.seed = event.seed
+        if event.hidden is not None:
+            self.hidden.append(event.hidden)
+        if event.token_id is not None:
+            self._count(event, event.token_id)
+            self._print(event, event.token_id)
+        if self.stops.matched is not None:
+            self.output.stop_reason = self.stops.matched
+            self._end("stop")
+            return event.finish_reason is None
+        if event.finish_reason is not None:
+            self.output.stop_reason = self._stop_token(event)
+            self.end(event.finish_reason)
+        return False
+
+    def end(self, reason: str) -> None:
+        """Ends the sequence, with the text that was still held back."""
+        if self.detokenizer is not None:
+            self._append(self._matched(self.detokenizer.flush()))
+            if self.stops.matched is None:
+                self._append(self.stops.flush())
+            elif reason != "error":
+                self.output.stop_reason, reason = self.stops.matched, "stop"
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        self.output.finish_reason = reason
+        if self.hidden:
+            self.output.hidden_states = torch.cat(self.hidden)
+
+    def _stop_token(self, event: TokenEvent) -> int | None:
+        stopped = event.finish_reason == "stop" and event.stop_token in (self.params.stop_token_ids or ())
+        return event.stop_token if stopped else None
+
+    def _count(self, event: TokenEvent, token: int) -> None:
+        output = self.output
+        output.token_ids.append(token)
+        output.delta_token_ids.append(token)
+        output.cumulative_logprob += event.log_prob
+        if output.cumulative_tilted_logprob is not None:
+            known = not math.isnan(event.tilted_log_prob)
+            output.cumulative_tilted_logprob = (
+                output.cumulative_tilted_logprob + event.tilted_log_prob if known else None
+            )
+        if output.kl is not None:
+            output.kl += event.kl
+        for name, value in event.values.items():
+            output.values.setdefault(name, []).append(value)
+        if output.logprobs is not None:
+            output.logprobs.append(self._logprobs(event, token))
+
+    def _logprobs(self, event: TokenEvent, token: int) -> dict[int, Logprob]:
+        """The drawn token first, then the most probable ones in order."""
+        entries = {token: Logprob(event.log_prob, _known(event.tilted_log_prob), None, self.pieces[token])}
+        for rank, (alternative, base, tilted) in enumerate(event.top_logprobs or (), start=1):
+            if alternative == token:
+                entries[token].rank = rank
+            else:
+                entries[alternative] = Logprob(base, _known(tilted), rank, self.pieces[alternative])
+        return entries
+
+    def _print(self, event: TokenEvent, token: int) -> None:
+        if self.detokenizer is None:
+            return
+        ended = event.finish_reason == "stop" and event.stop_token == token
+        if not ended or self.params.include_stop_str_in_output:
+            self._append(self._matched(self.detokenizer.push(token)))
+
+    def _matched(self, text: str) -> str:
+        if len(self.output.token_ids) < self.params.min_tokens:
+            return self.stops.skip(text)
+        return self.stops.push(text)
+
+    def _append(self, text: str) -> None:
+        self.output.text += text
+        self.output.delta_text += text
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

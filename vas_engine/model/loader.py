@@ -1,0 +1,138 @@
+"""Hugging Face causal LMs, loaded so that their attention goes through this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, nearest
+from vas_engine.model.attention import IMPLEMENTATION
+
+LOAD_FORMATS = ("auto", "dummy")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float": torch.float32,
+    "half": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+DUMMY_SEED = 0
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InvalidArgumentError("device", device, "use 'auto', 'cpu', 'cuda' or 'cuda:<index>'") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("device", device, "no CUDA device is visible here; use 'cpu' or 'auto'")
+    return found
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: PretrainedConfig) -> torch.dtype:
+    """ "auto" is the checkpoint's dtype, float32 when it names none."""
+    if dtype == "auto":
+        found = getattr(config, "dtype", None)
+        dtype = str(found).removeprefix("torch.") if found is not None else "float32"
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InvalidArgumentError("dtype", dtype, nearest(dtype, ["auto", *DTYPES]))
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise InvalidArgumentError("dtype", dtype, "use float32, bfloat16, float16 or 'auto'")
+    return dtype
+
+
+def load_model(
+    model: str | Path | PreTrainedModel | PretrainedConfig,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    load_format: str = "auto",
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """The model in eval mode, frozen, on its device; see ``CausalLM.load``."""
+    if load_format not in LOAD_FORMATS:
+        raise InvalidArgumentError("load_format", load_format, nearest(load_format, LOAD_FORMATS))
+    place = resolve_device(device)
+    if isinstance(model, PreTrainedModel):
+        loaded = _adopt(model, place, device, dtype)
+    elif isinstance(model, PretrainedConfig):
+        if load_format != "dummy":
+            fix = "a config has no weights; pass a model, a folder or a hub name, or load_format='dummy'"
+            raise InvalidArgumentError("load_format", load_format, fix)
+        loaded = _random(model, place, resolve_dtype(dtype, model))
+    else:
+        config = _read_config(model, revision)
+        kind = resolve_dtype(dtype, config)
+        loaded = (
+            _random(config, place, kind) if load_format == "dummy" else _read(model, place, kind, revision)
+        )
+    loaded.eval()
+    loaded.requires_grad_(False)
+    return loaded
+
+
+def _adopt(
+    model: PreTrainedModel, place: torch.device, device: str | torch.device, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    if device != "auto":
+        model = model.to(place)
+    if dtype != "auto":
+        model = model.to(resolve_dtype(dtype, model.config))
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not go through transformers' AttentionInterface; "
+            "use a model that does"
+        )
+    return model
+
+
+def _read_config(model: str | Path, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fix = f"needs a folder or hub name of a Hugging Face causal LM that transformers knows ({error})"
+        raise InvalidArgumentError("model", str(model), fix) from error
+
+
+def _read(
+    model: str | Path, place: torch.device, dtype: torch.dtype, revision: str | None
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, **options
+        )
+    except OSError as error:
+        raise InvalidArgumentError(
+            "model", str(model), f"no readable safetensors weights ({error})"
+        ) from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"{model}: {error}") from error
+    return loaded.to(place)
+
+
+def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights of the real shape, the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DUMMY_SEED)
+        try:
+            loaded = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=IMPLEMENTATION, trust_remote_code=False
+            )
+        except ValueError as error:
+            raise UnsupportedModelError(f"{type(config).__name__}: {error}") from error
+    return loaded.to(place)

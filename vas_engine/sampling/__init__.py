@@ -1,0 +1,23 @@
+"""Candidate selection, keyed noise, tilt and winner, over arrays."""
+
+from vas_engine.sampling.arrays import SamplingArrays
+from vas_engine.sampling.backend import backend_name, get_num_threads, set_num_threads
+from vas_engine.sampling.noise import fork_seed, gumbel_noise
+from vas_engine.sampling.selection import Selection, select
+from vas_engine.sampling.tilt import prune, value_tilt
+from vas_engine.sampling.winner import Winners, choose
+
+__all__ = [
+    "SamplingArrays",
+    "Selection",
+    "Winners",
+    "backend_name",
+    "choose",
+    "fork_seed",
+    "get_num_threads",
+    "gumbel_noise",
+    "prune",
+    "select",
+    "set_num_threads",
+    "value_tilt",
+]

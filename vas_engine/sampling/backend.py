@@ -1,0 +1,71 @@
+"""Which implementation of the sampling path runs: the C++ extension or the reference in torch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from vas_engine.errors import InvalidArgumentError
+
+try:
+    from vas_engine import _sampling as _extension
+except ImportError:  # a host without a compiler
+    _extension = None
+
+_NAMES = ("auto", "cpp", "reference")
+
+
+def available() -> bool:
+    """Whether the C++ extension is built."""
+    return _extension is not None and hasattr(_extension, "select")
+
+
+def extension() -> ModuleType:
+    """The C++ module.
+
+    Raises:
+        InvalidArgumentError: it is not built.
+    """
+    if not available():
+        raise InvalidArgumentError(
+            "backend", "cpp", "the extension is not built; reinstall it or use 'reference'"
+        )
+    return _extension
+
+
+def resolve_backend(backend: str) -> str:
+    """ "cpp" or "reference" for "auto", "cpp" or "reference".
+
+    Raises:
+        InvalidArgumentError: another name, or "cpp" where the extension is not built.
+    """
+    if backend not in _NAMES:
+        raise InvalidArgumentError("backend", backend, f"one of {', '.join(_NAMES)}")
+    if backend == "cpp":
+        extension()
+    if backend == "auto":
+        return "cpp" if available() else "reference"
+    return backend
+
+
+def backend_name() -> str:
+    """What backend="auto" means here, e.g. "cpp (avx512, 8 threads)" or "reference"."""
+    if not available():
+        return "reference"
+    return f"cpp ({extension().instruction_set()}, {extension().get_num_threads()} threads)"
+
+
+def set_num_threads(count: int) -> None:
+    """Threads the C++ sampler uses, the calling one included; results do not depend on it.
+
+    Raises:
+        InvalidArgumentError: count < 1.
+    """
+    if count < 1:
+        raise InvalidArgumentError("count", count, "use at least one thread")
+    if available():
+        extension().set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """Threads the C++ sampler uses; 1 without the extension."""
+    return int(extension().get_num_threads()) if available() else 1

@@ -1,0 +1,129 @@
+"""Candidates of a step and the champion of the tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.kernels import reference
+from vas_engine.sampling.arrays import SamplingArrays
+from vas_engine.sampling.backend import extension, resolve_backend
+
+# How the extension is told what the 16-bit words of a row mean.
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass
+class Selection:
+    """What may be drawn next, for S sequences in W = min(max(num_candidates), V) + 1 columns.
+
+    Candidates come first, by descending log-probability, equal ones by smaller id; the champion of the tail
+    (the best token outside the candidates after noise) stands right after the last of them.
+
+    Attributes:
+        token_ids: int64 [S, W], -1 in columns not in use.
+        log_probs: float64 [S, W], log pi0, normalised over what top_k, top_p and min_p left; at temperature 0
+            that of temperature 1. -inf in columns not in use.
+        noise: float64 [S, W], the tokens' Gumbel noise; 0 at temperature 0 and in columns not in use.
+        count: int64 [S], columns in use.
+        tail: int64 [S], the champion's column; -1 if the tail is dropped or empty.
+        tail_log_mass: float64 [S], log of the probability pi0 of everything but the candidates, also of a
+            dropped tail; -inf if there is nothing else.
+        finite: bool [S], False where a score is NaN or +inf or no token is left; such a sequence has no
+            columns.
+    """
+
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    noise: np.ndarray
+    count: np.ndarray
+    tail: np.ndarray
+    tail_log_mass: np.ndarray
+    finite: np.ndarray
+
+    @property
+    def filled(self) -> np.ndarray:
+        """bool [S, W]: columns in use."""
+        return np.arange(self.token_ids.shape[1]) < self.count[:, None]
+
+
+def select(
+    logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backend: str = "auto"
+) -> Selection:
+    """Candidates and tail champion of every sequence, in the order of operations of `kernels.reference`.
+
+    Args:
+        logits: [B, V] float32, bfloat16 or float16; not modified. On a device other than the CPU the
+            reference runs.
+        rows: int64 [S], the row of logits each sequence reads; several may read one.
+        arrays: settings of the S sequences.
+        backend: "auto", "cpp" or "reference".
+
+    Returns:
+        A `Selection`. Logits that cannot be sampled from show in its `finite`, for that sequence only.
+
+    Raises:
+        InvalidArgumentError: a shape, dtype or setting is wrong; nothing was computed.
+    """
+    name = resolve_backend(backend)
+    if logits.dim() != 2 or logits.dtype not in _CODES:
+        given = f"{logits.dtype} {tuple(logits.shape)}"
+        raise InvalidArgumentError("logits", given, "give float32, bfloat16 or float16 [rows, vocabulary]")
+    if name == "cpp" and logits.device.type == "cpu":
+        return _select_cpp(logits.detach(), rows, arrays)
+    if backend == "cpp":
+        raise InvalidArgumentError("backend", backend, f"logits lie on {logits.device}; use 'auto'")
+    _check(logits, rows, arrays)
+    result = reference.candidate_select(logits.detach(), rows, arrays)
+    return Selection(*(field.numpy() for field in vars(result).values()))
+
+
+def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection:
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+        logits = logits.contiguous()
+    words = logits if logits.dtype == torch.float32 else logits.view(torch.int16)
+    count = len(rows)
+    width = max(min(int(arrays.num_candidates.max(initial=0)), logits.shape[1]), 0) + 1
+    out = Selection(
+        np.empty((count, width), np.int64),
+        np.empty((count, width)),
+        np.empty((count, width)),
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+        np.empty(count),
+        np.empty(count, np.bool_),
+    )
+    try:
+        extension().select(
+            words.data_ptr(), _CODES[logits.dtype], *logits.shape, logits.stride(0), rows, arrays, out
+        )
+    except ValueError:
+        # The extension only says that something is wrong: the checks in Python name it.
+        _check(logits, rows, arrays)
+        raise
+    return out
+
+
+def _check(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> None:
+    if (
+        not isinstance(rows, np.ndarray)
+        or rows.dtype != np.int64
+        or rows.ndim != 1
+        or not rows.flags.c_contiguous
+    ):
+        raise InvalidArgumentError(
+            "rows", getattr(rows, "dtype", rows), "a contiguous int64 vector is needed"
+        )
+    if len(rows) != len(arrays):
+        raise InvalidArgumentError("rows", len(rows), f"give one row for each of {len(arrays)} sequences")
+    wrong = (rows < 0) | (rows >= logits.shape[0])
+    if wrong.any():
+        raise InvalidArgumentError("rows", int(rows[wrong][0]), f"logits have {logits.shape[0]} rows")
+    if not 0 < logits.shape[1] < 2**31:
+        raise InvalidArgumentError(
+            "logits", tuple(logits.shape), "the vocabulary must have 1 to 2^31 - 1 tokens"
+        )
+    arrays.validate(logits.shape[1])

@@ -1,0 +1,181 @@
+"""Layers of a value network. What they attend to is handed in: pages while serving, whole sequences
+while training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.cache import KVCache
+from vas_engine.model.lm import CausalLM, DenseOutput
+from vas_engine.values.config import ValueConfig
+from vas_engine.values.heads import ACTIVATION_FUNCTIONS, initialise, rms_norm
+
+ROTARY_THETA = 10000.0
+
+
+class Attention(Protocol):
+    """What layers attend to; rows are flat, [R, ...]."""
+
+    positions: Tensor
+    """int64 [R]"""
+
+    def read(self, layer: int, queries: Tensor) -> Tensor:
+        """Base layer ``layer``'s K/V strictly below each row's position: queries [R, Q, D], not rotated
+        -> [R, Q, D].
+        """
+
+    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The network's own K/V up to each row and the row itself: q [R, H, D], k, v [R, KVH, D] -> [R,
+        H, D].
+        """
+
+
+class FeedForward(nn.Module):
+    """Pre-norm feed-forward block with its residual."""
+
+    def __init__(self, config: ValueConfig, branches: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+        self.up = initialise(nn.Linear(config.width, config.mlp, bias=False))
+        self.down = initialise(nn.Linear(config.mlp, config.width, bias=False), gain=branches**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, width] -> [R, width]."""
+        return torch.addmm(x, self.activation(self.up(rms_norm(x))), self.down.weight.t())
+
+
+class ReaderLayer(nn.Module):
+    """Cross-attention to the base model's own K/V of one layer with learned queries; then feed-forward."""
+
+    def __init__(self, config: ValueConfig, index: int) -> None:
+        super().__init__()
+        self.layer = config.layers[index]
+        self.shape = (config.queries, config.head_dim)
+        size, branches = config.queries * config.head_dim, 2 * len(config.layers)
+        self.query = initialise(nn.Linear(config.width, size, bias=False))
+        self.output = initialise(nn.Linear(size, config.width, bias=False), gain=branches**-0.5)
+        self.mlp = FeedForward(config, branches) if config.mlp else None
+
+    def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
+        """[R, width] -> [R, width]."""
+        seen = attention.read(self.layer, self.query(rms_norm(x)).unflatten(-1, self.shape))
+        x = torch.addmm(x, seen.flatten(1), self.output.weight.t())
+        return x if self.mlp is None else self.mlp(x)
+
+
+class SideLayer(nn.Module):
+    """An ordinary pre-norm transformer layer with K/V of its own."""
+
+    def __init__(self, config: ValueConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        branches, size = 2 * config.depth, config.num_heads * config.head_dim
+        inputs = size + 2 * config.kv_heads * config.head_dim
+        self.qkv = initialise(nn.Linear(config.width, inputs, bias=False))
+        self.output = initialise(nn.Linear(size, config.width, bias=False), gain=branches**-0.5)
+        self.mlp = FeedForward(config, branches) if config.mlp else None
+
+    def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
+        """[R, width] -> [R, width]."""
+        assert rotary is not None
+        both = self.qkv(rms_norm(x)).unflatten(-1, (-1, self.head_dim))
+        turned = rotary.turn(both[:, : self.num_heads + self.kv_heads])
+        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        seen = attention.own(self.index, q, k, both[:, self.num_heads + self.kv_heads :])
+        x = torch.addmm(x, seen.flatten(1), self.output.weight.t())
+        return x if self.mlp is None else self.mlp(x)
+
+
+class Rotary:
+    """Rotary positions of a side network (Su et al. 2021), the two halves of a head turned against each
+    other.
+    """
+
+    def __init__(self, positions: Tensor, head_dim: int) -> None:
+        steps = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
+        angles = positions.unsqueeze(-1) * torch.exp(steps * (-2.0 * math.log(ROTARY_THETA) / head_dim))
+        self.cos, self.sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """[R, heads, head_dim] -> the same, rotated by each row's position."""
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
+
+
+class PagedAttention:
+    """Rows of the engine over pages: the base model's for a reader, the network's own for a side network."""
+
+    def __init__(self, lm: CausalLM, cache: KVCache | None, batch: AttentionBatch) -> None:
+        self.lm, self.cache, self.batch = lm, cache, batch
+        self.positions = batch.positions
+        self.scratch: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, layer: int, queries: Tensor) -> Tensor:
+        rotated = self.lm.rotate(queries.to(self.lm.dtype), self.positions, layer)
+        return self.lm.attend(layer, rotated, self.batch).to(queries.dtype)
+
+    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        assert cache is not None
+        k, v = k.to(cache.dtype), v.to(cache.dtype)
+        self.scratch.append((k, v))
+        seen = cache.attend(index, q.to(cache.dtype), k, v, self.batch, scale=q.shape[-1] ** -0.5)
+        return seen.to(q.dtype)
+
+
+class DenseAttention:
+    """Whole sequences, uncached, with autograd; rows are the B * T positions. Padding is never seen by
+    what precedes it.
+    """
+
+    def __init__(
+        self, lm: CausalLM, dense: DenseOutput, batch: int, length: int, device: torch.device
+    ) -> None:
+        self.lm, self.dense = lm, dense
+        self.size = (batch, length)
+        self.positions = torch.arange(length, device=device).repeat(batch)
+
+    def read(self, layer: int, queries: Tensor) -> Tensor:
+        keys, values = self.dense.keys[layer], self.dense.values[layer]
+        rotated = self.lm.rotate(queries.to(keys.dtype), self.positions, layer)
+        rotated = rotated.unflatten(0, self.size).transpose(1, 2)
+        seen = strictly_causal(rotated, keys, values, self.lm.layers[layer].window)
+        return seen.transpose(1, 2).flatten(0, 1).to(queries.dtype)
+
+    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, self.size).transpose(1, 2) for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return seen.transpose(1, 2).flatten(0, 1)
+
+
+def strictly_causal(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Attention in which position p sees keys below p (and above ``p - window`` if that is positive);
+    nothing seen gives 0.
+
+    Args:
+        q: [B, H, T, D]. k, v: [B, KVH, T, D], H a multiple of KVH. Scale 1 / sqrt(D).
+
+    Returns:
+        [B, H, T, D], with autograd.
+    """
+    length = q.shape[2]
+    if length == 1 or window == 1:
+        return q * 0.0
+    # Position p and the keys below it are row p - 1 of ordinary causal attention.
+    q, k, v = q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]
+    mask = None
+    if 0 < window <= length - 1:
+        place = torch.arange(length - 1, device=q.device)
+        mask = (place <= place[:, None]) & (place > place[:, None] + 1 - window)
+    seen = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return F.pad(seen, (0, 0, 1, 0))

@@ -1,0 +1,230 @@
+"""A value network: input projection, layers, heads."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vas_engine.errors import InvalidArgumentError, VASError
+from vas_engine.model.cache import KVCache, LayerShape
+from vas_engine.values.base import base_fingerprint, check_base
+from vas_engine.values.config import ValueConfig
+from vas_engine.values.heads import Heads, rms_norm
+from vas_engine.values.layers import Attention, DenseAttention, PagedAttention, ReaderLayer, Rotary, SideLayer
+
+if TYPE_CHECKING:
+    from vas_engine.model.batch import AttentionBatch
+    from vas_engine.model.lm import CausalLM
+
+TABLE_CHUNK = 8192
+
+
+class ValueNetwork(nn.Module):
+    """A small network over the hidden states of a frozen base model; the kinds are presets of its settings.
+
+    Row of token a behind state s: ``W_h concat(norm(h_j)) + W_e norm(emb(a))``, the h_j being hidden states
+        of s (input
+    "action"), or ``W_h concat(norm(h_j))`` with those of s and a (input "lookahead"); then the layers; then
+    the heads. Parameters are float32 whatever the base model's dtype.
+
+    Args:
+        config: its settings.
+    """
+
+    def __init__(self, config: ValueConfig) -> None:
+        super().__init__()
+        if config.kind == "model":
+            raise InvalidArgumentError("kind", "model", "a value model has an LM of its own: use ValueModel")
+        self.config = config
+        features = len(config.states) * config.hidden_size
+        width = config.width or features
+        # The two sources are equally strong at the start, and their sum has unit variance.
+        share = 0.5**0.5 if config.input == "action" else 1.0
+        self.state_weight = _matrix(width, features, share) if config.width else None
+        self.embed_weight = _matrix(width, config.hidden_size, share) if config.input == "action" else None
+        layers: list[nn.Module] = [ReaderLayer(config, index) for index in range(len(config.layers))]
+        layers += [SideLayer(config, index) for index in range(config.depth)]
+        self.layers = nn.ModuleList(layers)
+        self.heads = Heads(config, width)
+        self.lm: CausalLM | None = None
+        self.cache: KVCache | None = None
+        self._table: Tensor | None = None
+        self._table_of: tuple[int, int] | None = None
+        self._scratch: list[tuple[Tensor, Tensor]] = []
+
+    # -- what it is
+
+    @property
+    def input(self) -> str:
+        """ "action" or "lookahead"."""
+        return self.config.input
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Hidden-state indices of the base model it reads."""
+        return self.config.states
+
+    @property
+    def cache_layers(self) -> list[LayerShape]:
+        """What its own pages hold per token; empty for a network without K/V of its own."""
+        return [LayerShape(self.config.kv_heads, self.config.head_dim)] * self.config.depth
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of its own pages: the base model's."""
+        return self._bound().dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers; the table made for inference is not counted."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # -- life
+
+    def bind(self, lm: CausalLM, tokenizer: Any | None = None) -> ValueNetwork:
+        """Ties the network to its base model, moves it there and makes the table of projected embeddings.
+
+        Raises:
+            ValueArtifactError: made for another base model, or for one of other sizes.
+        """
+        check_base(self.config, lm, tokenizer)
+        if not self.config.base:
+            self.config = self.config.replace(base=base_fingerprint(lm, tokenizer))
+        self.lm = lm
+        self.to(lm.device)
+        self._table = None
+        if self.embed_weight is not None:
+            self._embeddings()
+        return self
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        """Makes the network's own pages, in the base model's dtype; nothing without layers of its own."""
+        if not self.config.depth:
+            return
+        lm = self._bound()
+        self.cache = KVCache(
+            self.cache_layers,
+            num_blocks,
+            block_size,
+            self.cache_dtype,
+            lm.device,
+            backend=lm.attention_backend,
+        )
+        self._scratch = []
+
+    def _bound(self) -> CausalLM:
+        if self.lm is None:
+            raise VASError("this value network is not bound to a base model: call bind(lm) first")
+        return self.lm
+
+    # -- inference
+
+    @torch.inference_mode()
+    def score(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Head output of rows; see ``Scorer.score``."""
+        lm = self._bound()
+        if hidden is None or hidden_index is None:
+            raise InvalidArgumentError(
+                "hidden", hidden, f"a network of input {self.input!r} needs hidden states"
+            )
+        # Projected once per distinct state; the rows only gather.
+        x = self._project(hidden.unflatten(-1, (-1, self.config.hidden_size))).index_select(0, hidden_index)
+        if self.embed_weight is not None:
+            x += self._embeddings().index_select(0, token_ids)
+        if self.layers:
+            attention = PagedAttention(lm, self._own_pages(), batch)
+            x = self._run(x, attention)
+            self._scratch = attention.scratch
+        return self.heads(x if rows is None else x.index_select(0, rows))
+
+    def commit(self, rows: Tensor, slots: Tensor) -> None:
+        """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n])."""
+        if not self.config.depth:
+            return
+        cache = self._own_pages()
+        if cache is None or not self._scratch:
+            raise VASError("nothing to commit: score rows first")
+        keys, values = zip(*self._scratch, strict=True)
+        cache.commit(keys, values, rows, slots)
+
+    def _own_pages(self) -> KVCache | None:
+        if self.config.depth and self.cache is None:
+            raise VASError("this side network has no pages yet: call allocate(num_blocks, block_size) first")
+        return self.cache
+
+    def _embeddings(self) -> Tensor:
+        """[V, width] projected embeddings of the whole vocabulary; made again when the weight has changed."""
+        weight = self.embed_weight
+        assert weight is not None
+        version = (weight.data_ptr(), weight._version)
+        if self._table is None or self._table_of != version:
+            lm = self._bound()
+            ids = torch.arange(lm.vocab_size, device=lm.device)
+            with torch.no_grad():
+                parts = [F.linear(self._embed(lm, chunk), weight) for chunk in ids.split(TABLE_CHUNK)]
+                self._table = torch.cat(parts)
+            self._table_of = version
+        return self._table
+
+    # -- what inference and training share
+
+    def _embed(self, lm: CausalLM, token_ids: Tensor) -> Tensor:
+        embedded = lm.embed(token_ids).float()
+        return rms_norm(embedded) if self.config.state_norm else embedded
+
+    def _project(self, states: Tensor) -> Tensor:
+        """[..., S, H] -> [..., width]; zeros stay zeros."""
+        states = states.float()
+        if self.config.state_norm:
+            states = rms_norm(states)
+        states = states.flatten(-2)
+        return states if self.state_weight is None else F.linear(states, self.state_weight)
+
+    def _run(self, x: Tensor, attention: Attention) -> Tensor:
+        rotary = Rotary(attention.positions, self.config.head_dim) if self.config.depth else None
+        for layer in self.layers:
+            x = layer(x, attention, rotary)
+        return x
+
+    # -- training
+
+    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Values of all prefixes at once, uncached, with autograd through the network and none through the
+        base.
+
+        Args:
+            lm: the base model.
+            tokens: int64 [B, T], padded on the right with any valid token.
+            lengths: int64 [B].
+
+        Returns:
+            [B, T, O] float32; entry p values ``tokens[:p + 1]``. Entries from ``lengths`` on mean nothing.
+        """
+        self._table = None
+        with torch.no_grad():
+            dense = lm.dense(tokens, lengths, states=self.states, kv_layers=self.config.layers)
+            states = torch.stack([dense.hidden[index] for index in self.states], 2)
+            embedded = self._embed(lm, tokens) if self.embed_weight is not None else None
+        x = self._project(states)
+        if embedded is not None:
+            # The state before the first token is the empty prefix: zeros, which the projection keeps.
+            x = F.pad(x[:, :-1], (0, 0, 1, 0)) + F.linear(embedded, self.embed_weight)
+        if self.layers:
+            attention = DenseAttention(lm, dense, *tokens.shape, tokens.device)
+            x = self._run(x.flatten(0, 1), attention).unflatten(0, tuple(tokens.shape))
+        return self.heads(x)
+
+
+def _matrix(outputs: int, inputs: int, gain: float) -> nn.Parameter:
+    return nn.Parameter(torch.randn(outputs, inputs) * (gain / math.sqrt(inputs)))

@@ -1,0 +1,89 @@
+"""What the engine asks of anything that values candidates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vas_engine.values.config import ValueConfig
+from vas_engine.values.heads import Heads
+
+if TYPE_CHECKING:
+    from vas_engine.model.batch import AttentionBatch
+    from vas_engine.model.cache import KVCache, LayerShape
+    from vas_engine.model.lm import CausalLM
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A value network or value model.
+
+    A *row* is one token with its place: a candidate, or a token of the prompt on its way into the network's
+        own pages.
+    The row of token a behind state s stands at position len(s).
+    """
+
+    config: ValueConfig
+    heads: Heads
+
+    @property
+    def input(self) -> str:
+        """ "action", "lookahead" or "token"; says which hidden states ``score`` wants."""
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Hidden-state indices of the base model it reads, in the order they are concatenated."""
+
+    @property
+    def cache(self) -> KVCache | None:
+        """Its own pages; None when it has none or before ``allocate``."""
+
+    @property
+    def cache_layers(self) -> list[LayerShape]:
+        """What its own pages hold per token; empty when it has none."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of its own pages."""
+
+    def bind(self, lm: CausalLM, tokenizer: Any | None = None) -> Any:
+        """Ties it to the base model it was made for and gets it ready to score; returns itself."""
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        """Makes its own pages, addressed by the base model's block tables; nothing for a network without
+        any.
+        """
+
+    def score(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Head output of rows.
+
+        Args:
+            token_ids: int64 [R].
+            hidden: [N, len(states) * H], the chosen hidden states side by side: those *before* the row's
+                token for input "action" (zeros where the prefix is empty), those *after* it for "lookahead",
+                None for "token".
+            hidden_index: int64 [R], which line of ``hidden`` belongs to a row.
+            batch: places of the rows; slotted rows leave their K/V in the network's own pages, unslotted
+                ones wait for ``commit``.
+            rows: int64 [n], rows whose head output is wanted; None for all.
+
+        Returns:
+            [R or n, O] float32; ``heads`` turns it into values.
+        """
+
+    def commit(self, rows: Tensor, slots: Tensor) -> None:
+        """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n]); nothing
+        without own pages.
+        """
+
+    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Head output [B, T, O] float32 with autograd; entry p values the state ``tokens[:p + 1]``."""
