@@ -160,8 +160,8 @@ class Engine:
                 self._remove(sequence)
                 return
 
-    def _remove(self, sequence: Sequence) -> None:
-        self.scheduler.finish(sequence)
+    def _remove(self, sequence: Sequence, forget: bool = False) -> None:
+        self.scheduler.finish(sequence, forget)
         siblings = self._live[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:
@@ -441,7 +441,7 @@ class Engine:
             sources, targets = (list(x) for x in zip(*copies, strict=True))
             for cache in [self.lm.cache, *self.guide.caches()]:
                 cache.copy_blocks(sources, targets)
-        ready = [child for child in children if child.block_table]
+        ready = [child for child in children if child.is_running]
         for child in ready:
             child.filled, child.carry = parent.filled, parent.carry
             child.state_values, child.utilities = parent.state_values, parent.utilities
@@ -461,7 +461,8 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> list[TokenEvent]:
         """End a sequence with an error; samples of the same request that were never started end with it."""
         missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
-        self._remove(sequence)
+        # What is not finite must not be found again as somebody's prefix.
+        self._remove(sequence, forget=isinstance(error, NonFiniteError))
         ended = [self._event(sequence, finish_reason="error", error=error)]
         return ended + [replace(ended[0], index=i) for i in missing]
 
