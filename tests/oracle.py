@@ -11,8 +11,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from vas_engine import SamplingParams
 
@@ -109,7 +114,7 @@ def enumerate_policy(
 
 
 def chi_squared_p(counts: dict, expected: dict[tuple[int, ...], float], total: int) -> float:
-    """p-value of the observed counts; cells expected fewer than five times are pooled. An impossible outcome gives 0."""
+    """p-value of the observed counts; cells expected under five times are pooled. An impossible outcome gives 0."""
     from scipy import stats
 
     if any(outcome not in expected for outcome in counts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from vas_engine.engine.rows import pack, unslotted
 from vas_engine.engine.scheduler import Work
 from vas_engine.engine.sequence import Sequence

@@ -109,7 +109,7 @@ class Engine:
         if not prompt:
             raise InvalidArgumentError("prompt", prompt, "is empty; give at least one token (the model's BOS, say)")
         if len(prompt) >= self.max_model_len:
-            fix = f"has {len(prompt)} tokens; with room for one more it must be under max_model_len={self.max_model_len}"
+            fix = f"must be shorter than max_model_len={self.max_model_len}, to leave room for a token"
             raise InvalidArgumentError("prompt", f"[{len(prompt)} tokens]", fix)
         worst = min(prompt) if min(prompt) < 0 else max(prompt)
         if not 0 <= worst < self.lm.vocab_size:
@@ -236,18 +236,21 @@ class Engine:
         chosen_rows = np.array(source, np.int64)
         selection = select(logits, chosen_rows, arrays)
         self._list_alternatives(ready, logits, chosen_rows, num_candidates)
+        sound = np.array([s.state_values is None or bool(np.isfinite(s.state_values).all()) for s in ready])
         self._drop_failed(ready, selection.finite, "logits", events)
+        self._drop_failed(ready, sound | ~selection.finite, "values", events)
+        fine = selection.finite & sound
         before: Hidden = {}
         if any(s.reads_before for s in ready):
             index = torch.tensor([at[i] for i in source], device=logits.device)
             before = {j: states[index] for j, states in hidden.items()}
-        wait = np.array([s.lookahead for s in ready], bool) & selection.finite
+        wait = np.array([s.lookahead for s in ready], bool) & fine
         for i in np.flatnonzero(wait):
             sequence, count = ready[i], int(selection.count[i])
             sequence.pending = selection.token_ids[i, :count].copy()
             sequence.selection = _pick(selection, np.array([i]), count)
             sequence.carry = {j: states[i] for j, states in before.items()} if sequence.reads_before else None
-        now = np.flatnonzero(~wait & selection.finite)
+        now = np.flatnonzero(~wait & fine)
         if len(now):
             part = selection if len(now) == len(ready) else _pick(selection, now)
             here = torch.from_numpy(now).to(logits.device)
@@ -454,7 +457,7 @@ class Engine:
         for i in np.flatnonzero(~fine):
             error = NonFiniteError(
                 f"{what} of request {sequences[i].request_id!r} are not finite at position "
-                f"{len(sequences[i].token_ids)}: check logit_bias, the dtype (float16 overflows) and the value's weights"
+                f"{len(sequences[i].token_ids)}: check logit_bias, the dtype (float16 overflows), the value's weights"
             )
             events += self._fail(sequences[i], error)
 

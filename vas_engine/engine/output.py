@@ -117,15 +117,16 @@ class Pieces:
         if self.tokenizer is None:
             return None
         if token not in self._known:
-            self._known[token] = self._decode(token)
+            self._known[token] = _piece(self.tokenizer, token)
         return self._known[token]
 
-    def _decode(self, token: int) -> str:
-        # Alone it would lose the space that decoders strip from the start of a text.
-        once, twice = (self.tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
-        text = twice[len(once) :]
-        # Part of a character has no text of its own: the vocabulary's name of it stands in.
-        return self.tokenizer.convert_ids_to_tokens(token) if REPLACEMENT in text or not text else text
+
+def _piece(tokenizer: Any, token: int) -> str:
+    # Alone it would lose the space that decoders strip from the start of a text.
+    once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+    text = twice[len(once) :]
+    # Part of a character has no text of its own: the vocabulary's name of it stands in.
+    return tokenizer.convert_ids_to_tokens(token) if REPLACEMENT in text or not text else text
 
 
 class _Request:
@@ -222,8 +223,8 @@ class _Completion:
             self.output.hidden_states = torch.cat(self.hidden)
 
     def _stop_token(self, event: TokenEvent) -> int | None:
-        stopped = event.finish_reason == "stop" and event.stop_token in (self.params.stop_token_ids or ())
-        return event.stop_token if stopped else None
+        asked = event.stop_token in tuple(self.params.stop_token_ids or ())
+        return event.stop_token if event.finish_reason == "stop" and asked else None
 
     def _count(self, event: TokenEvent, token: int) -> None:
         output = self.output

@@ -1,0 +1,332 @@
+"""`vas`: help without heavy imports, one line an error, exit codes, clean pipes, everything in --json."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import byte_tokenizer, tiny_llama
+from vas_engine import LLM, SamplingParams, cli
+from vas_engine.cli import COMMANDS, FAILED, INTERRUPTED, OK, USAGE, main
+from vas_engine.commands.options import read_values
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.values.artifact import save_value
+from vas_engine.values.config import default_config
+from vas_engine.values.network import ValueNetwork
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+FAST = ["--device", "cpu", "--kv-cache-memory", "1MiB"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer(chat_template=TURNS).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def value(model, tmp_path_factory) -> str:
+    llm = LLM(model, device="cpu", kv_cache_memory="1MiB")
+    torch.manual_seed(0)
+    network = ValueNetwork(default_config("reader", llm.lm, ["kind"])).bind(llm.lm, llm.tokenizer)
+    return str(save_value(tmp_path_factory.mktemp("value"), network, llm.tokenizer))
+
+
+def vas(capsys, *words) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def tokens(record: dict) -> list[int]:
+    return record["outputs"][0]["token_ids"]
+
+
+def spawn(*words, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "vas_engine.cli", *words], **(pipes | options))
+
+
+# -- the frame -----------------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_and_imports_nothing_heavy():
+    code = "import sys\nfrom vas_engine.cli import main\nmain(['--help'])"
+    code = code.replace("main(['--help'])", "\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in ("generate", "info", "collect", "train", "examples:"):
+        assert name in out
+    loaded = out.splitlines()[-1].split()
+    assert "vas_engine.cli" in loaded
+    assert not {"torch", "transformers", "numpy", "tqdm", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if cli._exists(command.module)])
+def test_every_command_has_help_with_examples_and_json(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == OK
+    out = capsys.readouterr().out
+    assert "example" in out
+    assert f"vas {name}" in out
+    assert "--json" in out
+
+
+def test_no_command_prints_help(capsys):
+    code, out, _ = vas(capsys)
+    assert code == OK
+    assert "commands" in out
+
+
+def test_wrong_usage_names_the_nearest_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["genrate", "x"])
+    assert caught.value.code == USAGE
+    assert "did you mean 'generate'" in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr(cli, "import_module", missing)
+    code, out, err = vas(capsys, "collect")
+    assert (code, out) == (FAILED, "")
+    assert "pip install 'vas-engine[train]'" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_error_is_one_line_unless_a_traceback_is_asked_for(capsys):
+    code, out, err = vas(capsys, "generate", "/no/such/model", "Hi")
+    assert (code, out) == (FAILED, "")
+    assert err.startswith("vas: error: ")
+    assert "/no/such/model" in err
+    assert len(err.splitlines()) == 1
+    with pytest.raises(InvalidArgumentError):
+        main(["generate", "/no/such/model", "Hi", "--traceback"])
+
+
+# -- generate ------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_prints_its_completion_and_nothing_else_on_stdout(model, capsys):
+    words = ["generate", model, "Hi", "--max-tokens", "20", "--seed", "3", "--ignore-eos", *FAST]
+    code, out, err = vas(capsys, *words)
+    params = SamplingParams(max_tokens=20, seed=3, ignore_eos=True)
+    llm = LLM(model, device="cpu", kv_cache_memory="1MiB")
+    expected = llm.generate("Hi", params, use_tqdm=False)[0].outputs[0].text
+    assert (code, out) == (OK, expected + "\n")
+    assert "20 tokens" in err
+    assert "seed 3" in err
+    assert vas(capsys, *words, "--no-stream", "--quiet") == (OK, expected + "\n", "")
+    assert vas(capsys, *words, "--echo", "--quiet") == (OK, "Hi" + expected + "\n", "")
+
+
+def test_prompts_from_stdin_and_files_equal_those_from_arguments(model, capsys, monkeypatch, tmp_path):
+    options = ["--max-tokens", "6", "--seed", "3", "--ignore-eos", "--json", "--quiet", *FAST]
+    expected = [
+        json.loads(line) for line in vas(capsys, "generate", model, "Hi", "Yo", *options)[1].splitlines()
+    ]
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("Hi\n\nYo\n", encoding="utf-8")
+    lines.write_text('"Hi"\n{"prompt": "Yo", "params": {"max_tokens": 2}}\n', encoding="utf-8")
+    from_text = [
+        json.loads(line) for line in vas(capsys, "generate", model, "--file", text, *options)[1].splitlines()
+    ]
+    assert [tokens(record) for record in from_text] == [tokens(record) for record in expected]
+    from_lines = [
+        json.loads(line) for line in vas(capsys, "generate", model, "--file", lines, *options)[1].splitlines()
+    ]
+    assert [tokens(record) for record in from_lines] == [tokens(expected[0]), tokens(expected[1])[:2]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    from_stdin = json.loads(vas(capsys, "generate", model, *options)[1])
+    assert tokens(from_stdin) == tokens(expected[0])
+
+
+def test_json_holds_everything(model, value, capsys):
+    words = [
+        "generate",
+        model,
+        "Hi",
+        "--json",
+        "--logprobs",
+        "2",
+        "--report-kl",
+        "--n",
+        "2",
+        "--max-tokens",
+        "4",
+    ]
+    steer = ["--value", f"kind={value}", "--weight", "kind=3", "--logit-bias", "256=-inf", "--seed", "0"]
+    code, out, _ = vas(capsys, *words, *steer, *FAST)
+    assert code == OK
+    record = json.loads(out)
+    assert record["prompt"] == "Hi"
+    assert record["params"]["values"] == {"kind": 3.0}
+    assert len(record["outputs"]) == 2
+    completion = record["outputs"][0]
+    assert len(completion["values"]["kind"]) == len(completion["logprobs"]) == 4
+    assert {"logprob", "tilted_logprob", "token", "rank", "token_id"} == set(completion["logprobs"][0][0])
+    assert completion["kl"] >= 0
+    assert record["metrics"]["value_evaluations"] == 2 * 4 * 21
+
+
+def test_show_values_prints_a_table_without_steering(model, value, capsys):
+    plain = ["generate", model, "Hi", "--max-tokens", "5", "--seed", "3", "--ignore-eos", "--quiet", *FAST]
+    text = vas(capsys, *plain)[1]
+    code, out, _ = vas(capsys, *plain, "--value", f"kind={value}", "--show-values", "--logprobs", "0")
+    assert code == OK
+    assert out.startswith(text)
+    table = [line.split("\t") for line in out[len(text) :].strip("\n").splitlines()]
+    assert table[0] == ["token", "logprob", "tilted", "kind"]
+    assert len(table) == 6
+    assert all(float(row[1]) == float(row[2]) for row in table[1:])
+
+
+def test_a_value_without_weight_is_pointed_out(model, value, capsys):
+    _, _, err = vas(capsys, "generate", model, "Hi", "--max-tokens", "2", "--value", value, *FAST)
+    assert "no --weight" in err
+    assert "kind" in err
+
+
+def test_chat(model, capsys):
+    words = [
+        "generate",
+        model,
+        "Hi",
+        "--chat",
+        "--system",
+        "Be.",
+        "--json",
+        "--max-tokens",
+        "2",
+        "--quiet",
+        *FAST,
+    ]
+    assert json.loads(vas(capsys, *words)[1])["prompt"] == "[system]Be.[user]Hi"
+
+
+def test_a_bad_prompt_among_good_ones_fails_alone_with_exit_code_1(model, capsys):
+    options = ["--max-tokens", "4", "--json", "--quiet", *FAST]
+    code, out, err = vas(capsys, "generate", model, "Hi", "x" * 500, *options)
+    good, bad = (json.loads(line) for line in out.splitlines())
+    assert code == FAILED
+    assert good["error"] is None
+    assert len(good["outputs"][0]["token_ids"]) > 0
+    assert bad["error"]["type"] == "InvalidArgumentError"
+    assert "prompt 1" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["Hi", "--temperature", "-1"], "temperature"),
+        (["Hi", "--weight", "kind=2"], "--value"),
+        (["Hi", "--weight", "kind"], "NAME=NUMBER"),
+        (["Hi", "--weight", "kind=nan", "--value", "x"], "finite"),
+        (["Hi", "--logit-bias", "a=b"], "ID=NUMBER"),
+        (["Hi", "--file", "x.txt"], "not both"),
+        (["--file", "/no/such/file.txt"], "cannot be read"),
+        (["Hi", "--value", "a", "--value", "b"], "NAME=FOLDER"),
+        (["Hi", "--value", "kind=/no/such/folder", "--weight", "kind=1"], "/no/such/folder"),
+    ],
+)
+def test_bad_input(model, capsys, words, message):
+    code, out, err = vas(capsys, "generate", model, *words, *FAST)
+    assert (code, out) == (FAILED, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "is no JSON"), ("3", "must be a text"), ("", "holds no prompt")]
+)
+def test_bad_files(model, capsys, tmp_path, line, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text(line)
+    code, _, err = vas(capsys, "generate", model, "--file", file, *FAST)
+    assert code == FAILED
+    assert message in err
+
+
+def test_ctrl_c_ends_with_130(tmp_path):
+    tiny_llama(max_positions=200_000).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    words = ["generate", str(tmp_path), "Hi", "--ignore-eos", "--device", "cpu", "--kv-cache-memory", "64MiB"]
+    process = spawn(*words)
+    assert process.stdout.read(1)  # it writes, and has far to go
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_traceback(model):
+    read, write = os.pipe()
+    os.close(read)
+    process = spawn("generate", model, "Hi", "--max-tokens", "50", "--ignore-eos", *FAST, stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 141
+    assert "Traceback" not in err
+
+
+# -- info ----------------------------------------------------------------------------------------------------
+
+
+def test_info_describes_the_installation(capsys):
+    code, out, _ = vas(capsys, "info", "--json")
+    report = json.loads(out)["installation"]
+    assert code == OK
+    assert report["torch"] == torch.__version__
+    assert report["torch threads"] == torch.get_num_threads()
+    assert report["sampler"].split()[0] in ("cpp", "reference")
+    assert set(report["extras"]) >= {"train", "plot"}
+    assert "sampler: " in vas(capsys, "info")[1]
+
+
+def test_info_describes_a_model_and_its_value(model, value, capsys):
+    code, out, _ = vas(capsys, "info", model, "--value", f"kind={value}", "--json", *FAST)
+    report = json.loads(out)
+    assert code == OK
+    assert report["model"]["architecture"] == "LlamaForCausalLM"
+    assert report["model"]["vocabulary"] == 257
+    assert report["model"]["kv bytes per token"] == 2 * 2 * 2 * 8 * 4
+    assert report["model"]["values"] == ["kind"]
+    assert len(report["model"]["fingerprint"]["weights"]) == 64
+    assert report["values"]["kind"]["kind"] == "reader"
+    assert report["values"]["kind"]["heads"][0]["name"] == "kind"
+    assert "kind" in vas(capsys, "info", "--value", value)[1]
+
+
+def test_info_says_when_a_value_does_not_fit(model, value, capsys, tmp_path):
+    tiny_llama(seed=5).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    code, _, err = vas(capsys, "info", tmp_path, "--value", value, *FAST)
+    assert code == FAILED
+    assert "weights" in err
+
+
+def test_read_values():
+    assert read_values([]) is None
+    assert read_values(["folder"]) == "folder"
+    assert read_values(["a=x", "b=y=z"]) == {"a": "x", "b": "y=z"}
+    with pytest.raises(InvalidArgumentError, match="taken"):
+        read_values(["a=x", "a=y"])
+
+
+def test_the_command_is_installed():
+    script = Path(sys.executable).with_name("vas")
+    if not script.exists():
+        pytest.skip("the package is not installed as a command")
+    out = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("vas_engine ")

@@ -1,0 +1,232 @@
+"""`vas generate`: complete prompts from arguments, a file or stdin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vas_engine.commands.options import add_model_options, add_sampling_options, load_llm, read_params
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.outputs import CompletionOutput, RequestOutput
+from vas_engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from vas_engine.llm import LLM
+
+_EPILOG = """\
+prompts: arguments; or --file, a text file with a prompt a line, or .jsonl with texts or objects
+  {"prompt": text | "prompt_token_ids": ids | "messages": [...], "params": {...}}; or stdin, as one prompt.
+
+examples:
+  vas generate MODEL "Once upon a time" --max-tokens 100
+  vas generate MODEL "Once upon a time" --value kind=VALUE --weight kind=2 --show-values
+  vas generate MODEL --value kind=V1 --value short=V2 --weight kind=2 --weight short=-1 --file prompts.txt
+  echo "Once upon a time" | vas generate MODEL --seed 7 > story.txt
+  vas generate MODEL --file prompts.jsonl --json --logprobs 5 > results.jsonl
+  vas generate MODEL --chat "Write a poem" --temperature 0.7 --n 3
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="complete prompts, steered by values",
+        description="Completes prompts. One prompt is printed as it is written, several when all are done.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM")
+    add("prompts", nargs="*", metavar="PROMPT", help="default: --file, or stdin")
+    add("--file", metavar="FILE", help=".txt, a prompt a line, or .jsonl; - is stdin, a prompt a line")
+    add("--chat", action="store_true", help="each prompt is a user's message, by the model's chat template")
+    add("--system", metavar="TEXT", help="system message for --chat")
+    add("--json", action="store_true", help="one JSON object a line, with everything there is to know")
+    add("--echo", action="store_true", help="print the prompt before its completion")
+    add("--show-values", action="store_true", help="value of the state after every token, in a table")
+    add("--no-stream", action="store_true", help="print when it is done")
+    add("--quiet", action="store_true", help="nothing on stderr but errors")
+    add_sampling_options(parser)
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; 1 if a prompt failed."""
+    params = read_params(args)
+    if params.guided and not args.value:
+        raise InvalidArgumentError("--weight", args.weight[0], "no value is loaded; add --value NAME=FOLDER")
+    records = list(_read_records(args))
+    llm = load_llm(args)
+    requests = [_read_request(record, llm, params, args) for record in records]
+    if args.show_values:
+        requests = [(prompt, _watching(own, llm.value_names)) for prompt, own in requests]
+    elif llm.value_names and not any(own.values for _, own in requests) and not args.quiet:
+        names = ", ".join(llm.value_names)
+        print(f"vas: note: no --weight given, so nothing steers; loaded: {names}", file=sys.stderr)
+    started = time.perf_counter()
+    if len(requests) == 1 and requests[0][1].n == 1 and not args.json and not args.no_stream:
+        outputs = [_stream(llm, *requests[0], args)]
+    else:
+        outputs = _batch(llm, requests, args)
+    if not args.quiet:
+        print(_summary(outputs, time.perf_counter() - started), file=sys.stderr)
+    return int(any(output.error is not None for output in outputs))
+
+
+# -- input -------------------------------------------------------------------------------------------------
+
+
+def _read_records(args: argparse.Namespace) -> Iterable[Any]:
+    """Texts, or the objects of a .jsonl file."""
+    if args.prompts and args.file:
+        raise InvalidArgumentError("--file", args.file, "give prompts as arguments or in a file, not both")
+    if args.prompts:
+        return args.prompts
+    if args.file:
+        return _read_file(args.file)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InvalidArgumentError("PROMPT", None, "give a prompt as argument, by --file or on stdin")
+    return [sys.stdin.read().removesuffix("\n")]
+
+
+def _read_file(name: str) -> list[Any]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError("--file", name, f"cannot be read as UTF-8 text ({error})") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise InvalidArgumentError("--file", name, "holds no prompt; write one a line")
+    if not name.endswith((".jsonl", ".json")):
+        return [line.removesuffix("\r") for _, line in lines]
+    return [_parse(name, number, line) for number, line in lines]
+
+
+def _parse(name: str, number: int, line: str) -> Any:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InvalidArgumentError("--file", f"{name}:{number}", f"is no JSON ({error})") from error
+    if not isinstance(record, str | dict):
+        fix = "must be a text or an object with 'prompt', 'prompt_token_ids' or 'messages'"
+        raise InvalidArgumentError("--file", f"{name}:{number}", fix)
+    return record
+
+
+def _read_request(
+    record: Any, llm: LLM, params: SamplingParams, args: argparse.Namespace
+) -> tuple[Any, SamplingParams]:
+    """A prompt and its parameters; those of a line of a file come before those of the command line."""
+    if isinstance(record, Mapping):
+        record = dict(record)
+        own = record.pop("params", {})
+        if not isinstance(own, Mapping):
+            raise InvalidArgumentError("params", own, "must be an object of names and values")
+        params = params.replace(**own)
+        if "messages" in record:
+            return llm.render_chat(record["messages"], add_generation_prompt=True), params
+    if args.chat:
+        text = record["prompt"] if isinstance(record, Mapping) else record
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        messages = [*system, {"role": "user", "content": text}]
+        return llm.render_chat(messages, add_generation_prompt=True), params
+    return record, params
+
+
+def _watching(params: SamplingParams, names: list[str]) -> SamplingParams:
+    """The same with every loaded value reported, those without weight at weight 0."""
+    return params.replace(values=dict.fromkeys(names, 0.0) | dict(params.values or {}))
+
+
+# -- output ------------------------------------------------------------------------------------------------
+
+
+def _stream(llm: LLM, prompt: Any, params: SamplingParams, args: argparse.Namespace) -> RequestOutput:
+    out = sys.stdout
+    last: RequestOutput | None = None
+    for last in llm.stream(prompt, params):
+        if args.echo and last.prompt:
+            out.write(last.prompt)
+            args.echo = False
+        out.write(last.outputs[0].delta_text)
+        out.flush()
+    assert last is not None
+    out.write("\n")
+    _print_tables(last.outputs[0], args, llm, out)
+    return last
+
+
+def _batch(
+    llm: LLM, requests: list[tuple[Any, SamplingParams]], args: argparse.Namespace
+) -> list[RequestOutput]:
+    prompts, params = [prompt for prompt, _ in requests], [own for _, own in requests]
+    bar = not args.quiet and sys.stderr.isatty()
+    outputs = llm.generate(prompts, params, use_tqdm=bar, on_error="return")
+    for index, output in enumerate(outputs):
+        if args.json:
+            record = {**output.to_dict(), "params": params[index].to_dict()}
+            print(json.dumps(record, ensure_ascii=False, default=_infinite))
+        else:
+            _print_output(index, len(outputs), output, args, llm)
+        if output.error is not None:
+            print(f"vas: error: prompt {index}: {output.error}", file=sys.stderr)
+    sys.stdout.flush()
+    return outputs
+
+
+def _print_output(index: int, count: int, output: RequestOutput, args: argparse.Namespace, llm: LLM) -> None:
+    for completion in output.outputs:
+        several = count * len(output.outputs) > 1
+        if several:
+            part = f".{completion.index + 1}" if len(output.outputs) > 1 else ""
+            print(f"--- {index + 1}{part} ({completion.finish_reason})")
+        print((output.prompt or "" if args.echo else "") + completion.text)
+        _print_tables(completion, args, llm, sys.stdout)
+
+
+def _print_tables(completion: CompletionOutput, args: argparse.Namespace, llm: LLM, out: TextIO) -> None:
+    """Per-token values and log-probabilities, tab separated."""
+    from vas_engine.engine.output import Pieces
+
+    names = list(completion.values) if args.show_values else []
+    if not names and completion.logprobs is None:
+        return
+    pieces = Pieces(llm.tokenizer)
+    columns = ["token", *(["logprob", "tilted"] if completion.logprobs is not None else []), *names]
+    print("\n" + "\t".join(columns), file=out)
+    for position, token in enumerate(completion.token_ids):
+        cells = [json.dumps(pieces[token] or token, ensure_ascii=False)]
+        if completion.logprobs is not None:
+            entry = completion.logprobs[position][token]
+            cells += [_cell(entry.logprob), _cell(entry.tilted_logprob)]
+        cells += [_cell(completion.values[name][position]) for name in names]
+        print("\t".join(cells), file=out)
+
+
+def _cell(number: float | None) -> str:
+    return "" if number is None else f"{number:.4f}"
+
+
+def _infinite(value: Any) -> str:
+    return str(value)
+
+
+def _summary(outputs: list[RequestOutput], seconds: float) -> str:
+    tokens = sum(output.metrics.generated_tokens for output in outputs)
+    parts = [f"{tokens} tokens", f"{tokens / max(seconds, 1e-9):.0f} tokens/s"]
+    evaluations = sum(output.metrics.value_evaluations for output in outputs)
+    if evaluations and tokens:
+        parts.append(f"{evaluations / tokens:.1f} values/token")
+    first = outputs[0].outputs[0]
+    if len(outputs) == 1 and len(outputs[0].outputs) == 1:
+        parts += [str(first.finish_reason), f"seed {first.seed}"]
+        parts += [f"{name} {series[-1]:.3f}" for name, series in first.values.items() if series]
+        if first.kl is not None:
+            parts.append(f"KL {first.kl:.3f}")
+    return f"vas: {', '.join(parts)}"

@@ -1,0 +1,168 @@
+"""Command line options that several commands share: the model with its values, and sampling."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from vas_engine.llm import LLM
+
+_MODEL_OPTIONS = (
+    "device",
+    "dtype",
+    "load_format",
+    "revision",
+    "tokenizer",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "kv_cache_memory",
+    "block_size",
+    "attention_backend",
+    "enable_prefix_caching",
+)
+_SAMPLING_OPTIONS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "num_candidates",
+    "tail",
+    "baseline",
+    "tilt",
+    "advantage_clip",
+    "prune",
+    "report_kl",
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--value` and how the model is loaded; `load_llm` reads them, beside `args.model`."""
+    group = parser.add_argument_group("model and engine")
+    add = group.add_argument
+    add("--value", action="append", default=[], metavar="[NAME=]FOLDER", help="load a value; may be repeated")
+    add("--tokenizer", metavar="FOLDER", help="default: the model's own")
+    add("--device", metavar="auto|cpu|cuda", help="default: CUDA where there is one")
+    add("--dtype", metavar="auto|float32|bfloat16|float16", help="default: the checkpoint's")
+    add("--load-format", metavar="auto|dummy", help="dummy: random weights of the real shape")
+    add("--revision", help="of a model on the hub")
+    add("--max-num-seqs", type=int, metavar="N", help="completions that run at once")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="rows of one step")
+    add("--max-model-len", type=int, metavar="N", help="longest prompt and completion together")
+    add("--kv-cache-memory", metavar="SIZE", help="such as 2GiB")
+    add("--block-size", type=int, metavar="N", help="tokens of a page of the KV cache (default 16)")
+    add("--attention-backend", metavar="auto|cpp|reference")
+    add("--no-prefix-caching", dest="enable_prefix_caching", action="store_const", const=False)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Every field of SamplingParams that makes sense on a command line; `read_params` reads them."""
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    add("--n", type=int, metavar="N", help="completions of each prompt")
+    add("--temperature", type=float, metavar="T", help="0 takes the best token (default 1)")
+    add("--top-p", type=float, metavar="P")
+    add("--top-k", type=int, metavar="K")
+    add("--min-p", type=float, metavar="P")
+    add("--seed", type=int, help="repeats a run")
+    add("--max-tokens", type=int, metavar="N", help="default: until the context is full")
+    add("--min-tokens", type=int, metavar="N")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    add("--stop-token-ids", type=int, nargs="+", metavar="ID")
+    add("--ignore-eos", action="store_const", const=True)
+    add("--include-stop-str-in-output", action="store_const", const=True, help="keep the stop text")
+    add("--keep-special-tokens", dest="skip_special_tokens", action="store_const", const=False)
+    add(
+        "--logprobs", type=int, metavar="N", help="log-probability of each token and of the N best, both ways"
+    )
+    add("--presence-penalty", type=float, metavar="X")
+    add("--frequency-penalty", type=float, metavar="X")
+    add("--repetition-penalty", type=float, metavar="X")
+    add("--logit-bias", action="append", default=[], metavar="ID=X", help="-inf bans; may be repeated")
+    values = parser.add_argument_group("values")
+    add = values.add_argument
+    add(
+        "--weight", action="append", default=[], metavar="NAME=W", help="strength of a value; may be repeated"
+    )
+    add("--num-candidates", type=int, metavar="K", help="tokens that the values look at (default 20)")
+    add("--tail", metavar="keep|drop", help="what becomes of the other tokens")
+    add("--baseline", metavar="state|candidate-mean")
+    add("--tilt", metavar="mean|optimal")
+    add("--advantage-clip", type=float, metavar="X", help="bound each advantage; speeds decoding up")
+    add("--no-prune", dest="prune", action="store_const", const=False, help="evaluate every candidate")
+    add("--report-kl", action="store_const", const=True, help="exact KL from the base model")
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """The LLM that the model options describe."""
+    from transformers.utils import logging
+
+    from vas_engine.llm import LLM
+
+    if getattr(args, "quiet", False) or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return LLM(args.model, read_values(args.value), **_given(args, _MODEL_OPTIONS))
+
+
+def read_values(values: Sequence[str]) -> Any:
+    """`["kind=folder", ...]` or one `["folder"]` as LLM's `values`."""
+    if not values:
+        return None
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    named = {}
+    for value in values:
+        name, sign, folder = value.partition("=")
+        if not sign or not name or not folder:
+            raise InvalidArgumentError(
+                "--value", value, "write NAME=FOLDER; of several values each needs a name"
+            )
+        if name in named:
+            raise InvalidArgumentError("--value", value, "this name is taken; give each value another")
+        named[name] = folder
+    return named
+
+
+def read_params(args: argparse.Namespace) -> SamplingParams:
+    """SamplingParams from the sampling options that were given."""
+    options = _given(args, _SAMPLING_OPTIONS)
+    if args.logit_bias:
+        pairs = [_pair("--logit-bias", text, "ID=NUMBER") for text in args.logit_bias]
+        options["logit_bias"] = dict(pairs)
+    if args.weight:
+        options["values"] = dict(_pair("--weight", text, "NAME=NUMBER") for text in args.weight)
+    return SamplingParams(**options)
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _pair(option: str, text: str, form: str) -> tuple[str, float]:
+    name, sign, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        sign = ""
+    if not sign or not name:
+        raise InvalidArgumentError(option, text, f"write {form}")
+    return name, value
