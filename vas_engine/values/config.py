@@ -337,7 +337,7 @@ def _interval(name: str, values: tuple[float, float]) -> None:
         raise InvalidArgumentError(name, values, "use two finite numbers, the smaller first")
 
 
-# ---------------------------------------------------------------------------------------------- default sizes
+# ------------------------------------------------------------------------ default sizes
 
 
 def default_config(

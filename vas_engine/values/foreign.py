@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 WRAPPERS = ("pretrained_model.", "base_model.model.", "module.")
 # Buffers that old checkpoints carry and that say nothing about the weights.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
-    r"(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias)$"
-)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Trained to value prefixes, not only whole answers.
 PREFIX_VALUES = ("v_head.summary", "token classification")
@@ -141,7 +139,8 @@ def _two_layers(checkpoint: Checkpoint, base: str) -> ForeignHead | None:
         return None
     tensors = [checkpoint.read(name).float() if name else None for name in names]
     first, second = tensors[0], tensors[2]
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     return ForeignHead(
         layout=f"{base}.0 and {base}.2",
         weight=second,
@@ -232,12 +231,9 @@ def _choose_label(head: ForeignHead, label: int | str | None, config: Mapping[st
             options = ", ".join(
                 f"{index} ({name})" for name, index in sorted(names.items(), key=lambda item: item[1])
             )
-            raise InvalidArgumentError(
-                "label",
-                None,
-                f"this head has {count} outputs; choose one by index or name: {options or f'0 to {count - "
-                f"1}'}",
-            )
+            options = options or f"0 to {count - 1}"
+            fix = f"this head has {count} outputs; choose one by index or name: {options}"
+            raise InvalidArgumentError("label", None, fix)
         return 0
     if isinstance(label, str):
         if label not in names:

@@ -219,10 +219,12 @@ class ValueNetwork(nn.Module):
         x = self._project(states)
         if embedded is not None:
             # The state before the first token is the empty prefix: zeros, which the projection keeps.
+            assert self.embed_weight is not None
             x = F.pad(x[:, :-1], (0, 0, 1, 0)) + F.linear(embedded, self.embed_weight)
         if self.layers:
-            attention = DenseAttention(lm, dense, *tokens.shape, tokens.device)
-            x = self._run(x.flatten(0, 1), attention).unflatten(0, tuple(tokens.shape))
+            batch, length = tokens.shape
+            attention = DenseAttention(lm, dense, batch, length, tokens.device)
+            x = self._run(x.flatten(0, 1), attention).unflatten(0, (batch, length))
         return self.heads(x)
 
 
