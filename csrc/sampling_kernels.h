@@ -9,8 +9,6 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Tokens handled at a time: their scores and weights (float64) stay in the first-level cache.
 constexpr int kChunk = 1024;
-// Scores of one chunk are grouped this finely to find a first threshold for the top tokens.
-constexpr int kGroups = 128;
 
 struct Extent {
   double max;
@@ -28,8 +26,14 @@ struct Kernels {
   // scores[i] = row[begin + i] * scale
   void (*load)(const void* row, DType dtype, int64_t begin, int n, double scale, double* scores);
   Extent (*extent)(const double* scores, int n);
-  // The largest score of each of kGroups groups of the chunk.
-  void (*group_max)(const double* scores, double* maxima);
+  // maxima[i] = max(maxima[i], row[begin + i]); returns whether a NaN or +inf was among them.
+  bool (*absorb)(const void* row, DType dtype, int64_t begin, int n, float* maxima);
+  // Indices (from begin) of logits >= threshold; returns how many.
+  int (*raw_at_least)(const void* row, DType dtype, int64_t begin, int n, float threshold, int32_t* indices);
+  // How many of kChunk values are at least this.
+  int (*count_at_least)(const double* values, double threshold);
+  // above[i] = how many of n values exceed values[i]; values are padded like scores.
+  void (*rank)(const double* values, int n, int32_t* above);
   // Indices of scores >= threshold; returns how many.
   int (*at_least)(const double* scores, int n, double threshold, int32_t* indices);
   // weights[i] = exp(scores[i] - shift); returns their sum.

@@ -38,21 +38,31 @@ inline Doubles splat(double x) { return x - Doubles{}; }
 inline Words splat_words(uint64_t x) { return x - Words{}; }
 
 constexpr double kInf = __builtin_inf();
+constexpr float kInfFloat = __builtin_inff();
 
 #if VAS_LANES == 8
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 inline Words multiply(Words a, Words b) { return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 inline uint32_t at_most(Doubles a, Doubles b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ); }
+inline uint32_t floats_at_most(Floats a, Floats b) { return _mm256_cmp_ps_mask((__m256)a, (__m256)b, _CMP_LE_OQ); }
 #elif VAS_LANES == 4
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
 inline Words multiply(Words a, Words b) { return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 inline uint32_t at_most(Doubles a, Doubles b) {
   return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LE_OQ)));
 }
+inline uint32_t floats_at_most(Floats a, Floats b) {
+  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmple_ps((__m128)a, (__m128)b)));
+}
 #else
 inline Doubles fma(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 inline Words multiply(Words a, Words b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
 inline uint32_t at_most(Doubles a, Doubles b) {
+  uint32_t mask = 0;
+  for (int lane = 0; lane < kLanes; ++lane) mask |= static_cast<uint32_t>(a[lane] <= b[lane]) << lane;
+  return mask;
+}
+inline uint32_t floats_at_most(Floats a, Floats b) {
   uint32_t mask = 0;
   for (int lane = 0; lane < kLanes; ++lane) mask |= static_cast<uint32_t>(a[lane] <= b[lane]) << lane;
   return mask;
@@ -73,13 +83,26 @@ inline Floats floats_of_float16(Halves h) {
 }
 
 template <DType kType>
-inline Doubles load_scores(const void* row, int64_t index) {
+inline Floats load_floats(const void* row, int64_t index) {
   if constexpr (kType == DType::kFloat32) {
-    return __builtin_convertvector(load_vector<Floats>(static_cast<const float*>(row) + index), Doubles);
+    return load_vector<Floats>(static_cast<const float*>(row) + index);
   } else {
     const Halves h = load_vector<Halves>(static_cast<const uint16_t*>(row) + index);
-    return __builtin_convertvector(kType == DType::kBFloat16 ? floats_of_bfloat16(h) : floats_of_float16(h), Doubles);
+    return kType == DType::kBFloat16 ? floats_of_bfloat16(h) : floats_of_float16(h);
   }
+}
+
+template <DType kType>
+inline Doubles load_scores(const void* row, int64_t index) {
+  return __builtin_convertvector(load_floats<kType>(row, index), Doubles);
+}
+
+template <DType kType>
+inline float load_float(const void* row, int64_t index) {
+  constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
+  alignas(64) char one[kLanes * 4] = {};
+  __builtin_memcpy(one, static_cast<const char*>(row) + index * kBytes, kBytes);
+  return load_floats<kType>(one, 0)[0];
 }
 
 template <DType kType>
@@ -126,11 +149,74 @@ Extent extent(const double* scores, int n) {
   return {largest_lane(best[0]), bad};
 }
 
-void group_max(const double* scores, double* maxima) {
-  for (int g = 0; g < kGroups; g += kLanes) {
-    Doubles best = load_vector<Doubles>(scores + g);
-    for (int i = g + kGroups; i < kChunk; i += kGroups) best = larger(load_vector<Doubles>(scores + i), best);
-    store_vector(maxima + g, best);
+template <DType kType>
+bool absorb_chunk(const void* row, int64_t begin, int n, float* maxima) {
+  Ints fine = ~Ints{};
+  const Floats inf = kInfFloat - Floats{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats x = load_floats<kType>(row, begin + i);
+    Floats best = load_vector<Floats>(maxima + i);
+    best = x > best ? x : best;
+    __builtin_memcpy(maxima + i, &best, sizeof best);
+    fine &= cast<Ints>(x < inf);
+  }
+  bool bad = false;
+  for (; i < n; ++i) {
+    const float x = load_float<kType>(row, begin + i);
+    if (x > maxima[i]) maxima[i] = x;
+    bad |= !(x < kInfFloat);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) bad |= fine[lane] == 0;
+  return bad;
+}
+
+template <DType kType>
+int raw_at_least_chunk(const void* row, int64_t begin, int n, float threshold, int32_t* indices) {
+  const Floats limit = threshold - Floats{};
+  int count = 0, i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Floats a = load_floats<kType>(row, begin + i), b = load_floats<kType>(row, begin + i + kLanes);
+    uint32_t mask = floats_at_most(limit, a) | floats_at_most(limit, b) << kLanes;
+    for (; mask; mask &= mask - 1) indices[count++] = i + __builtin_ctz(mask);
+  }
+  for (; i < n; ++i) {
+    if (load_float<kType>(row, begin + i) >= threshold) indices[count++] = i;
+  }
+  return count;
+}
+
+bool absorb(const void* row, DType dtype, int64_t begin, int n, float* maxima) {
+  if (dtype == DType::kFloat32) return absorb_chunk<DType::kFloat32>(row, begin, n, maxima);
+  if (dtype == DType::kBFloat16) return absorb_chunk<DType::kBFloat16>(row, begin, n, maxima);
+  return absorb_chunk<DType::kFloat16>(row, begin, n, maxima);
+}
+
+int raw_at_least(const void* row, DType dtype, int64_t begin, int n, float threshold, int32_t* indices) {
+  if (dtype == DType::kFloat32) return raw_at_least_chunk<DType::kFloat32>(row, begin, n, threshold, indices);
+  if (dtype == DType::kBFloat16) return raw_at_least_chunk<DType::kBFloat16>(row, begin, n, threshold, indices);
+  return raw_at_least_chunk<DType::kFloat16>(row, begin, n, threshold, indices);
+}
+
+inline int sum_lanes(Longs v) {
+  int64_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return static_cast<int>(sum);
+}
+
+int count_at_least(const double* values, double threshold) {
+  const Doubles limit = splat(threshold);
+  Longs count{};  // a comparison gives -1
+  for (int i = 0; i < kChunk; i += kLanes) count -= load_vector<Doubles>(values + i) >= limit;
+  return sum_lanes(count);
+}
+
+void rank(const double* values, int n, int32_t* above) {
+  for (int i = 0; i < n; ++i) {
+    const Doubles mine = splat(values[i]);
+    Longs count{};
+    for (int j = 0; j < n; j += kLanes) count -= load_vector<Doubles>(values + j) > mine;
+    above[i] = sum_lanes(count);
   }
 }
 
@@ -247,6 +333,6 @@ Survivors race(const double* weights, int n, int start, int64_t begin, uint64_t 
 }  // namespace
 
 extern const Kernels VAS_TABLE;
-const Kernels VAS_TABLE = {VAS_NAME, load, extent, group_max, at_least, weigh, race};
+const Kernels VAS_TABLE = {VAS_NAME, load, extent, absorb, raw_at_least, count_at_least, rank, at_least, weigh, race};
 
 }  // namespace vas

@@ -38,12 +38,21 @@ struct NoiseStream {
   uint64_t seed;
   int64_t position;
 
-  double gumbel(int64_t token) const {
+  struct Words {
+    uint32_t high, low;
+  };
+
+  Words words(int64_t token) const {
     const uint64_t p = static_cast<uint64_t>(position);
     const PhiloxWords w = philox4x32(static_cast<uint32_t>(token >> 1), static_cast<uint32_t>(p),
                                      static_cast<uint32_t>(p >> 32), 0, static_cast<uint32_t>(seed),
                                      static_cast<uint32_t>(seed >> 32));
-    return token & 1 ? gumbel_of_words(w.word[2], w.word[3]) : gumbel_of_words(w.word[0], w.word[1]);
+    return token & 1 ? Words{w.word[2], w.word[3]} : Words{w.word[0], w.word[1]};
+  }
+
+  double gumbel(int64_t token) const {
+    const Words w = words(token);
+    return gumbel_of_words(w.high, w.low);
   }
 };
 

@@ -122,50 +122,143 @@ void Sequence::keep_best(std::vector<Token>& top, int64_t wanted) {
   top.resize(wanted);
 }
 
+// The lists stay short: past twice the wanted number only the best are kept.
+void Sequence::trim(int64_t wanted, Scratch& scratch) {
+  if (scratch.top.size() < static_cast<size_t>(wanted + std::max<int64_t>(wanted, 32))) return;
+  keep_best(scratch.top, wanted);
+  threshold_.raise(scratch.top[wanted - 1].score);
+}
+
 void Sequence::gather(int64_t begin, int n, const Extent& extent, int64_t wanted, Scratch& scratch) {
   constexpr double kLowest = std::numeric_limits<double>::lowest();
-  double threshold = threshold_.get();
-  if (extent.max < threshold || extent.max < kLowest) return;
-  if (threshold == -kInfinity && wanted <= kGroups && n == kChunk) {
-    // As many groups as tokens are wanted have a token at or above this.
-    kernels_.group_max(scratch.scores, scratch.maxima);
-    std::nth_element(scratch.maxima, scratch.maxima + wanted - 1, scratch.maxima + kGroups, std::greater<double>());
-    threshold_.raise(threshold = scratch.maxima[wanted - 1]);
-  }
-  const int found = kernels_.at_least(scratch.scores, n, std::max(threshold, kLowest), scratch.indices);
+  const double threshold = std::max(threshold_.get(), kLowest);
+  if (extent.max < threshold) return;
+  const int found = kernels_.at_least(scratch.scores, n, threshold, scratch.indices);
   for (int i = 0; i < found; ++i) {
     scratch.top.push_back({scratch.scores[scratch.indices[i]], begin + scratch.indices[i]});
   }
-  if (scratch.top.size() >= static_cast<size_t>(wanted + std::max<int64_t>(wanted, 32))) {
-    keep_best(scratch.top, wanted);
-    threshold_.raise(scratch.top[wanted - 1].score);
-  }
+  trim(wanted, scratch);
 }
 
-void Sequence::scan(int64_t wanted) {
+// A logit that at least the wanted number of tokens reach. The row is dealt out to kChunk groups: if so many groups have
+// their largest logit above a threshold, so many tokens do. A patched token can spoil one group. False: no such bound.
+bool Sequence::bound(int64_t wanted, float* threshold) {
+  const int64_t needed = wanted + static_cast<int64_t>(own_.patches.size());
+  if (needed > kBoundTo || vocabulary_ <= 2 * kChunk) return false;
+  team_.each([](Scratch& scratch) { std::fill_n(scratch.raw_maxima, kChunk, -std::numeric_limits<float>::infinity()); });
   team_.run(slices_, [&](int slice, Scratch& scratch) {
     const int64_t end = std::min<int64_t>(vocabulary_, (slice + int64_t{1}) * kSlice);
     for (int64_t begin = int64_t{slice} * kSlice; begin < end; begin += kChunk) {
-      const int n = load(begin, scratch);
-      const Extent extent = kernels_.extent(scratch.scores, n);
-      if (extent.bad) bad_.store(true, std::memory_order_relaxed);
-      gather(begin, n, extent, wanted, scratch);
+      const int n = static_cast<int>(std::min<int64_t>(kChunk, end - begin));
+      if (kernels_.absorb(row_, logits_.dtype, begin, n, scratch.raw_maxima)) bad_.store(true);
     }
   });
+  if (bad_) return false;
+  double* maxima = team_.local().maxima;
+  std::fill_n(maxima, kChunk, -kInfinity);
+  team_.each([&](Scratch& scratch) {
+    for (int i = 0; i < kChunk; ++i) maxima[i] = std::max<double>(maxima[i], scratch.raw_maxima[i]);
+  });
+  double high = -kInfinity, low = kInfinity;
+  for (int i = 0; i < kChunk; ++i) {
+    high = std::max(high, maxima[i]);
+    if (maxima[i] > -kInfinity) low = std::min(low, maxima[i]);
+  }
+  if (kernels_.count_at_least(maxima, low) < needed) return false;
+  for (int step = 0; step < 20; ++step) {
+    const double middle = static_cast<float>(low + (high - low) / 2);
+    const int count = kernels_.count_at_least(maxima, middle);
+    (count >= needed ? low : high) = middle;
+    if (count >= needed && count <= needed + needed / 16) break;
+  }
+  *threshold = static_cast<float>(low);
+  return true;
+}
+
+void Sequence::gather_raw(float threshold, int64_t wanted) {
+  const double lowest = static_cast<double>(threshold) * scale_;
+  threshold_.raise(lowest);
+  team_.run(slices_, [&](int slice, Scratch& scratch) {
+    const int64_t end = std::min<int64_t>(vocabulary_, (slice + int64_t{1}) * kSlice);
+    for (int64_t begin = int64_t{slice} * kSlice; begin < end; begin += kChunk) {
+      const int n = static_cast<int>(std::min<int64_t>(kChunk, end - begin));
+      const bool patched = !own_.chunk_begin.empty();
+      const Token* first = patched ? own_.sorted.data() + own_.chunk_begin[begin / kChunk] : nullptr;
+      const Token* last = patched ? own_.sorted.data() + own_.chunk_begin[begin / kChunk + 1] : nullptr;
+      const int found = kernels_.raw_at_least(row_, logits_.dtype, begin, n, threshold, scratch.indices);
+      for (int i = 0; i < found; ++i) {
+        const int64_t id = begin + scratch.indices[i];
+        if (std::any_of(first, last, [&](const Token& p) { return p.id == id; })) continue;
+        const double score = raw(id) * scale_;
+        if (score >= threshold_.get()) scratch.top.push_back({score, id});
+      }
+      std::copy_if(first, last, std::back_inserter(scratch.top), [&](const Token& p) { return p.score >= lowest; });
+      trim(wanted, scratch);
+    }
+  });
+}
+
+// Orders the top tokens and weighs them relative to the first.
+void Sequence::sort_top() {
+  std::vector<Token>& top = own_.top;
+  const int n = static_cast<int>(top.size()), padded = (n + 15) / 16 * 16;
+  own_.top_scores.assign(padded, -kInfinity);
+  own_.top_weights.resize(padded);
+  if (n > 32 && n <= 2 * kBoundTo) {
+    // Ranks by counting: no branch to mispredict. Equal scores keep their order, which is that of ids on one thread.
+    own_.above.resize(n);
+    for (int i = 0; i < n; ++i) own_.top_scores[i] = top[i].score;
+    kernels_.rank(own_.top_scores.data(), n, own_.above.data());
+    own_.border.assign(n, Token{0, -1});
+    for (int i = 0; i < n; ++i) {
+      int place = own_.above[i];
+      while (own_.border[place].id >= 0) ++place;
+      own_.border[place] = top[i];
+    }
+    top.swap(own_.border);
+  }
+  if (!std::is_sorted(top.begin(), top.end(), before)) std::sort(top.begin(), top.end(), before);
+  for (int i = 0; i < n; ++i) own_.top_scores[i] = top[i].score;
+  if (n) kernels_.weigh(own_.top_scores.data(), n, top[0].score, own_.top_weights.data());
+}
+
+void Sequence::scan(int64_t wanted) {
+  float threshold;
+  if (bound(wanted, &threshold)) {
+    gather_raw(threshold, wanted);
+  } else if (!bad_) {
+    team_.run(slices_, [&](int slice, Scratch& scratch) {
+      const int64_t end = std::min<int64_t>(vocabulary_, (slice + int64_t{1}) * kSlice);
+      for (int64_t begin = int64_t{slice} * kSlice; begin < end; begin += kChunk) {
+        const int n = load(begin, scratch);
+        const Extent extent = kernels_.extent(scratch.scores, n);
+        if (extent.bad) bad_.store(true, std::memory_order_relaxed);
+        gather(begin, n, extent, wanted, scratch);
+      }
+    });
+  }
+  if (bad_) return;
   std::vector<Token>& top = own_.top;
   top.clear();
   team_.each([&](Scratch& scratch) { top.insert(top.end(), scratch.top.begin(), scratch.top.end()); });
   keep_best(top, wanted);
-  std::sort(top.begin(), top.end(), before);
+  sort_top();
   complete_ = small_ = top.size() < static_cast<size_t>(wanted) || wanted == vocabulary_;
   support_ = top.size();
 }
 
 // The support ----------------------------------------------------------------------------------------------------
 
-double Sequence::weight_of_top(size_t begin, size_t end, double shift) const {
+double Sequence::weight_of_top(size_t begin, size_t end) const {
   double sum = 0;
-  for (size_t i = begin; i < end; ++i) sum += std::exp(own_.top[i].score - shift);
+  for (size_t i = begin; i < end; ++i) sum += own_.top_weights[i];
+  return sum;
+}
+
+// Relative to the first of the tail, which may be so far below the candidates that its own weight underflows.
+double Sequence::weight_of_tail(size_t begin) const {
+  double sum = 0;
+  for (size_t i = begin; i < support_; ++i) sum += std::exp(own_.top[i].score - own_.top[begin].score);
   return sum;
 }
 
@@ -183,17 +276,17 @@ void Sequence::limit_top_k() {
 }
 
 void Sequence::limit_top_p() {
-  const double top_p = settings_.top_p[index_], max = own_.top[0].score;
+  const double top_p = settings_.top_p[index_];
   if (top_p >= 1) return;
-  double shift = max;
-  const double target = (top_p - kTopPSlack) * (small_ ? weight_of_top(0, support_, max) : sweep(false, &shift));
-  double sum = std::exp(0.0);
+  double shift = own_.top[0].score;
+  const double target = (top_p - kTopPSlack) * (small_ ? weight_of_top(0, support_) : sweep(false, &shift));
+  double sum = own_.top_weights[0];
   for (size_t i = 1; i < support_; ++i) {
     if (sum >= target) {
       support_ = i, small_ = true;
       return;
     }
-    sum += std::exp(own_.top[i].score - max);
+    sum += own_.top_weights[i];
   }
   if (sum >= target) small_ = true;
   if (!small_) cut_ = nucleus(target);
@@ -311,11 +404,18 @@ double Sequence::sweep(bool racing, double* shift) {
 
 Champion Sequence::race_list(size_t begin) {
   constexpr double kMaxNoise = 45.1;  // -log(-log(1 - 2^-65))
+  const double max = own_.top[0].score;
+  const bool weighed = own_.top_weights[begin] > 1e-200;
   Champion best;
+  double rate = kInfinity;
   for (size_t i = begin; i < support_; ++i) {
     const Token& token = own_.top[i];
     if (token.score + kMaxNoise < best.perturbed) break;
-    best.offer({token.score + noise_.gumbel(token.id), token.score, token.id});
+    const NoiseStream::Words words = noise_.words(token.id);
+    // The test of the vectorised race.
+    if (weighed && words.high * 0x1p-32 > own_.top_weights[i] * rate) continue;
+    best.offer({token.score + gumbel_of_words(words.high, words.low), token.score, token.id});
+    rate = std::exp(max - best.perturbed) * (1 + 1e-7);
   }
   return best;
 }
@@ -361,8 +461,8 @@ void Sequence::guided() {
 
   const double max = own_.top[0].score;
   double shift = tail ? own_.top[count].score : 0.0, tail_sum = 0;
-  if (tail) tail_sum = small_ ? weight_of_top(count, support_, shift) : sweep(racing, &shift);
-  const double log_sum = std::log(weight_of_top(0, count, max) + (tail ? tail_sum * std::exp(shift - max) : 0.0));
+  if (tail) tail_sum = small_ ? weight_of_tail(count) : sweep(racing, &shift);
+  const double log_sum = std::log(weight_of_top(0, count) + (tail ? tail_sum * std::exp(shift - max) : 0.0));
   for (size_t i = 0; i < count; ++i) column(i, own_.top[i], own_.top[i].score - max - log_sum);
 
   if (drawn) {

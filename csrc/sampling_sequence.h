@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <functional>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -23,6 +23,8 @@ constexpr int kSlice = 8 * kChunk;
 constexpr double kTopPSlack = 1e-12;
 // With top_p or min_p on, this many top tokens are gathered: mostly they hold the whole support.
 constexpr int64_t kLikelySupport = 128;
+// Up to this many wanted tokens, a first pass over the logits to bound the last of them pays.
+constexpr int64_t kBoundTo = 512;
 
 struct Token {
   double score;
@@ -54,7 +56,8 @@ struct Champion {
 struct Scratch {
   alignas(64) double scores[kChunk];
   alignas(64) double weights[kChunk];
-  alignas(64) double maxima[kGroups];
+  alignas(64) float raw_maxima[kChunk];
+  alignas(64) double maxima[kChunk];
   int32_t indices[kChunk];
   std::vector<Token> top;  // best tokens this thread has met
   Champion champion;       // best token of the tail this thread has met
@@ -68,6 +71,8 @@ struct SequenceScratch {
   std::vector<Token> top, border;
   std::vector<int64_t> excluded;
   std::vector<double> slice_sum, slice_shift, histogram;
+  std::vector<double> top_scores, top_weights;  // of top, padded with -inf and 0 to a multiple of 16
+  std::vector<int32_t> above;
 };
 
 struct Worker {
@@ -128,14 +133,19 @@ class Sequence {
   int load(int64_t begin, Scratch& scratch);
   void cut_chunk(int64_t begin, int n, Scratch& scratch) const;
   int64_t wanted() const;
+  bool bound(int64_t wanted, float* threshold);
+  void gather_raw(float threshold, int64_t wanted);
   void scan(int64_t wanted);
+  void sort_top();
   void gather(int64_t begin, int n, const Extent& extent, int64_t wanted, Scratch& scratch);
+  void trim(int64_t wanted, Scratch& scratch);
   void keep_best(std::vector<Token>& top, int64_t wanted);
   void limit_top_k();
   void limit_top_p();
   void limit_min_p();
   Cut nucleus(double target);
-  double weight_of_top(size_t begin, size_t end, double shift) const;
+  double weight_of_top(size_t begin, size_t end) const;
+  double weight_of_tail(size_t begin) const;
   double sweep(bool racing, double* shift);
   void sweep_slice(int slice, bool racing, double fixed_shift, Scratch& scratch);
   void race_chunk(int64_t begin, int n, double shift, Scratch& scratch);

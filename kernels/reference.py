@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -342,8 +342,8 @@ def choose_winner(selection: SelectionTensors, tilt: Tensor) -> WinnerTensors:
 # Attention
 # ------------------------------------------------------------------------------------------------------------
 
-# Twins of candidate_attention, write_pages and kv_commit. Pages are [num_blocks, block_size, kv_heads, head_dim];
-# a slot is block * block_size + offset.
+# Twins of candidate_attention, write_pages and kv_commit.
+# Pages are [num_blocks, block_size, kv_heads, head_dim]; a slot is block * block_size + offset.
 
 
 def write_pages(

@@ -1,0 +1,1 @@
+"""Measurements: what this engine's decoding costs beside other ways to do the same."""
