@@ -37,12 +37,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=128, help="longest response (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-rows", type=int, default=512, help="responses per file (default 512)")
-    parser.add_argument(
-        "--hidden-states", action="store_true", help="keep the model's final hidden states too"
-    )
-    parser.add_argument(
-        "--whole-text", action="store_true", help="let rewards see prompt and response together"
-    )
+    parser.add_argument("--hidden-states", action="store_true", help="keep the model's final hidden states too")
+    parser.add_argument("--whole-text", action="store_true", help="let rewards see prompt and response together")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="default: the model's own")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
     parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
@@ -96,10 +92,7 @@ def _summary(out: str, rollouts: Any) -> dict[str, Any]:
 
 
 def _readable(summary: dict[str, Any]) -> str:
-    lines = [
-        f"{summary['rollouts']} responses, {summary['tokens']} tokens, "
-        f"{summary['ended']:.0%} ended by the model"
-    ]
+    lines = [f"{summary['rollouts']} responses, {summary['tokens']} tokens, {summary['ended']:.0%} ended by the model"]
     for name, reward in summary["rewards"].items():
         lines.append(f"  {name}: {reward['mean']:.3f} (standard deviation {reward['std']:.3f})")
     return "\n".join([*lines, f"in {summary['out']}"])

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, help="longest text")
     parser.add_argument("--epochs", type=int, help="passes over the texts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/demo", help="folder for rollouts, value, plot (default runs/demo)")
+    parser.add_argument("--out", default="runs/demo", help="folder for samples, value and plot (default runs/demo)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON; the story goes to stderr")
     parser.set_defaults(run=run)
     return parser
@@ -42,8 +42,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
-    import shutil
-
     from vas_engine.demo.showcase import ShowcaseConfig, run_showcase, save_plot, table, terminal_plot
     from vas_engine.training.prompts import load_prompts
 
@@ -61,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
         options["rewards"] = tuple(args.reward)
     config = ShowcaseConfig(**options)
     out = Path(args.out)
-    for stale in ("rollouts", "value"):
-        shutil.rmtree(out / stale, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     try:
         result = run_showcase(config, out, say)

@@ -29,9 +29,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("model", help="the model that the rollouts were sampled from")
     parser.add_argument("--rollouts", required=True, help="folder that `vas collect` wrote")
     parser.add_argument("--out", required=True, help="folder of the value")
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME", help="a head for this reward (default: for each)"
-    )
+    parser.add_argument("--reward", action="append", metavar="NAME", help="a head for this reward (default: for each)")
     network = parser.add_argument_group("network")
     network.add_argument(
         "--kind", default="reader", help="reader (default), side, action, lookahead, side-lookahead or model"
@@ -80,9 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgumentError("out", args.out, "exists already; choose a new folder")
     options = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(FitConfig)
-        if hasattr(args, field.name)
+        field.name: getattr(args, field.name) for field in dataclasses.fields(FitConfig) if hasattr(args, field.name)
     }
     if args.kind == "model" and args.lr is None:
         options["lr"] = VALUE_MODEL_LR
@@ -95,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
     lm = CausalLM.load(args.model, device=args.device)
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     tokenizer = load_tokenizer(args.model, None, None, required=False)
-    network = make_network(
-        lm, args.kind, heads, tokenizer=tokenizer, seed=config.seed, backbone=args.backbone, **sizes
-    )
+    network = make_network(lm, args.kind, heads, tokenizer=tokenizer, seed=config.seed, backbone=args.backbone, **sizes)
     try:
         report = fit(lm, network, rollouts, config)
     except KeyboardInterrupt:

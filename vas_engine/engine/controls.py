@@ -76,5 +76,5 @@ def _rows(entries: list[dict | None], dtype: type) -> tuple[np.ndarray, np.ndarr
     offsets = np.zeros(len(entries) + 1, np.int64)
     np.cumsum([len(e) if e else 0 for e in entries], out=offsets[1:])
     keys = np.fromiter((k for e in entries if e for k in e), np.int32, offsets[-1])
-    values = np.fromiter((v for e in entries if e for v in e.values()), dtype, offsets[-1])
+    values: np.ndarray = np.fromiter((v for e in entries if e for v in e.values()), dtype, offsets[-1])
     return offsets, keys, values

@@ -236,7 +236,7 @@ class Engine:
         chosen_rows = np.array(source, np.int64)
         selection = select(logits, chosen_rows, arrays)
         self._list_alternatives(ready, logits, chosen_rows, num_candidates)
-        sound = np.array([s.state_values is None or bool(np.isfinite(s.state_values).all()) for s in ready])
+        sound = np.array([bool(np.isfinite(s.state_values).all()) for s in ready])
         self._drop_failed(ready, selection.finite, "logits", events)
         self._drop_failed(ready, sound | ~selection.finite, "values", events)
         fine = selection.finite & sound
@@ -245,7 +245,7 @@ class Engine:
             index = torch.tensor([at[i] for i in source], device=logits.device)
             before = {j: states[index] for j, states in hidden.items()}
         wait = np.array([s.lookahead for s in ready], bool) & fine
-        for i in np.flatnonzero(wait):
+        for i in np.flatnonzero(wait).tolist():
             sequence, count = ready[i], int(selection.count[i])
             sequence.pending = selection.token_ids[i, :count].copy()
             sequence.selection = _pick(selection, np.array([i]), count)
@@ -394,9 +394,7 @@ class Engine:
         token = int(winners.token_id[i])
         sequence.token_ids.append(token)
         self.stats.tokens += 1
-        values = {}
-        if sequence.reports and sequence.state_values is not None:
-            values = {self.value_names[m]: float(sequence.state_values[m]) for m in sequence.reports}
+        values = {self.value_names[m]: float(sequence.state_values[m]) for m in sequence.reports}
         event = self._event(
             sequence,
             token_id=token,
@@ -454,12 +452,12 @@ class Engine:
     def _drop_failed(
         self, sequences: Seq[Sequence], fine: np.ndarray, what: str, events: list[TokenEvent]
     ) -> None:
-        for i in np.flatnonzero(~fine):
+        for sequence in (s for s, good in zip(sequences, fine, strict=True) if not good):
             error = NonFiniteError(
-                f"{what} of request {sequences[i].request_id!r} are not finite at position "
-                f"{len(sequences[i].token_ids)}: check logit_bias, the dtype (float16 overflows), the value's weights"
+                f"{what} of request {sequence.request_id!r} are not finite at position {len(sequence.token_ids)}: "
+                "check logit_bias, the dtype (float16 overflows) and the value's weights"
             )
-            events += self._fail(sequences[i], error)
+            events += self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> list[TokenEvent]:
         """End a sequence with an error; samples of the same request that were never started end with it."""
@@ -553,6 +551,7 @@ def _stack(parts: list[Selection]) -> Selection:
 
 def _alternatives(sequence: Sequence, selection: Selection, tilt: np.ndarray, winners, i: int) -> list[TokenLogprob]:
     """The stored alternatives with their tilted log-probabilities: log pi = log pi0 + T - log Z."""
+    assert sequence.alternatives is not None
     token_ids, log_probs = sequence.alternatives
     sequence.alternatives = None
     column = int(winners.column[i])

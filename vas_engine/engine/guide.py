@@ -82,8 +82,9 @@ class Guide:
 
     def admit(self, sequence: Sequence, params: SamplingParams) -> None:
         """Resolve a request's weights against the loaded values; raises InvalidArgumentError for a wrong tilt."""
-        weights = np.array([params.values.get(name, 0.0) for name in self.value_names], np.float32)
-        named = [name in params.values for name in self.value_names]
+        asked = params.values or {}
+        weights = np.array([asked.get(name, 0.0) for name in self.value_names], np.float32)
+        named = [name in asked for name in self.value_names]
         used = [i for i, network in enumerate(self.networks) if any(named[network.columns])]
         if params.tilt == "optimal":
             for i in used:
@@ -94,7 +95,7 @@ class Guide:
                         raise InvalidArgumentError("tilt", params.tilt, fix)
         sequence.weights = weights
         sequence.networks = tuple(used)
-        sequence.reports = tuple(self.value_names.index(name) for name in params.values)
+        sequence.reports = tuple(self.value_names.index(name) for name in asked)
         clip = np.inf if params.advantage_clip is None else params.advantage_clip
         # 0 * inf is undefined; a value without weight moves nothing and its limit is 0.
         limits = np.zeros(len(weights))
@@ -237,13 +238,12 @@ class Guide:
             uses = np.array([index in s.networks for s in sequences])
             if not uses.any():
                 continue
+            picked = np.flatnonzero(uses[owner])
+            users = [s for s, u in zip(sequences, uses, strict=True) if u]
             if uses.all():
-                rows, users, picked = whole, sequences, slice(None)
                 whole_batch = whole_batch or whole.batch(device)
-                batch, member = whole_batch, owner
+                rows, batch, member = whole, whole_batch, owner
             else:
-                picked = np.flatnonzero(uses[owner])
-                users = [s for s, u in zip(sequences, uses, strict=True) if u]
                 rows = unslotted(users, token_ids[picked], length[uses], counts[uses])
                 batch, member = rows.batch(device), np.repeat(np.arange(len(users)), counts[uses])
             source, where = None, None

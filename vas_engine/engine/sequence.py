@@ -50,14 +50,14 @@ class Sequence:
         weights, limits: float [values] of the engine's values: w_m, and the bound on its share of the tilt.
         networks: indices of the value networks it uses; empty for plain decoding.
         reports: columns of the values whose V it reports.
-        lookahead: a network wants the base model's state after each candidate, so candidates wait for a forward.
+        lookahead: a network wants the base's state after each candidate, so candidates wait for a forward.
         reads_before: a network wants the state before the candidate.
         own_cache: a network keeps K/V of its own.
         all_needed: every candidate must be scored (no pruning).
         end_ids: tokens that end it.
         filled: leading positions that the networks have processed.
         carry: hidden states of the last computed position, where the next rows need them.
-        state_values, utilities: V(s) and U(s) of the present state, float [values].
+        state_values, utilities: V(s) and U(s) of the present state, float [values]; empty while not known.
         selection: the selection its pending candidates came from.
         forked: its siblings have been started.
         hidden, num_hidden: final states not reported yet, and positions noted so far (on request).
@@ -108,8 +108,8 @@ class Sequence:
     # What the engine carries from step to step.
     filled: int = 0
     carry: dict[int, Any] | None = field(default=None, repr=False)
-    state_values: np.ndarray | None = field(default=None, repr=False)
-    utilities: np.ndarray | None = field(default=None, repr=False)
+    state_values: np.ndarray = field(default_factory=_no_values, repr=False)
+    utilities: np.ndarray = field(default_factory=_no_values, repr=False)
     selection: Any = field(default=None, repr=False)
     alternatives: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     forked: bool = False
@@ -120,8 +120,8 @@ class Sequence:
     def forget(self) -> None:
         """Drop what must be computed again after a preemption; tokens and controls stay."""
         self.filled = 0
-        self.carry = self.state_values = self.utilities = None
-        self.selection = self.alternatives = None
+        self.state_values, self.utilities = _no_values(), _no_values()
+        self.carry = self.selection = self.alternatives = None
 
     @property
     def is_running(self) -> bool:

@@ -1,0 +1,58 @@
+"""The loss of value networks on TD(λ) returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vas_engine.errors import InvalidArgumentError
+from vas_engine.training.returns import discounted_rewards, lambda_returns
+
+__all__ = ["value_loss"]
+
+
+def value_loss(
+    heads: Any,
+    output: torch.Tensor,
+    rewards: torch.Tensor,
+    last: torch.Tensor,
+    lam: float,
+    gamma: float,
+    bootstrap: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Loss of every position and head against its TD(λ) target.
+
+    A scalar head has the λ-return as target. A distributional head has the λ-mixture of distributions, of
+    which the last is the reward itself, spread over two atoms; so it learns the distribution of rewards, not
+    of returns that have been averaged before.
+
+    Args:
+        heads: the network's heads.
+        output: float32 [B, T, O], with autograd.
+        rewards: float [B, M], in the heads' order.
+        last: int64 [B], where each episode ends.
+        lam, gamma: of the returns.
+        bootstrap: output [B, T, O] whose predictions the targets use where λ < 1; by default ``output``
+            itself.
+
+    Returns:
+        float32 [B, T, M]; what it says outside the episode's trained positions means nothing.
+
+    Raises:
+        InvalidArgumentError: λ < 1 and γ < 1 with a distributional head, which would need its atoms moved.
+    """
+    rewards = rewards.to(output.dtype)
+    if lam == 1.0:
+        return heads.loss(output, discounted_rewards(rewards, last, output.shape[1], gamma))
+    predictions = (output if bootstrap is None else bootstrap).detach()
+    losses = heads.loss(output, lambda_returns(heads.mean(predictions), rewards, last, lam, gamma))
+    columns = list(losses.unbind(-1))
+    for index, (part, distributional) in enumerate(zip(heads.slices, heads.distributional, strict=True)):
+        if distributional:
+            if gamma != 1.0:
+                raise InvalidArgumentError("gamma", gamma, "a distributional head with lam < 1 needs gamma=1")
+            spread = heads.two_hot(index, rewards[:, index])
+            mixture = lambda_returns(predictions[..., part].softmax(-1), spread, last, lam)
+            columns[index] = -(mixture * output[..., part].log_softmax(-1)).sum(-1)
+    return torch.stack(columns, -1)

@@ -1,0 +1,73 @@
+"""TD(λ) returns and how well values predict them."""
+
+from __future__ import annotations
+
+import torch
+
+from vas_engine.errors import InvalidArgumentError
+
+__all__ = ["discounted_rewards", "lambda_returns", "r_squared"]
+
+
+def lambda_returns(
+    values: torch.Tensor, rewards: torch.Tensor, last: torch.Tensor, lam: float = 1.0, gamma: float = 1.0
+) -> torch.Tensor:
+    """Targets of the values of an episode that is rewarded once, where it ends.
+
+    With L the last position, G[L] = V[L] = reward, and before it G[p] = γ ((1 - λ) V[p + 1] + λ G[p + 1]):
+    the forward view of TD(λ) (Sutton and Barto, 2nd edition, equation 12.3) without rewards on the way. λ = 1
+    is Monte Carlo, G[p] = γ^(L - p) reward; λ = 0 is one-step TD. Position L, the episode with its EOS, has
+    the reward itself as its target.
+
+    The trailing dimension may hold several rewards, or the bins of distributions (of the reward, with γ = 1:
+    then the result is the λ-mixture of the distributions).
+
+    Args:
+        values: predictions, float [B, T, M]; position p values the state of tokens 0..p. Not differentiated;
+            what lies at or after position L is not read.
+        rewards: float [B, M].
+        last: L of each episode, int64 [B].
+        lam: λ in [0, 1].
+        gamma: discount per token, in [0, 1].
+
+    Returns:
+        Float [B, T, M]; zero after position L. Positions of the prompt get targets as well; leave them out of
+        the loss.
+    """
+    for name, factor in (("lam", lam), ("gamma", gamma)):
+        if not 0.0 <= factor <= 1.0:
+            raise InvalidArgumentError(name, factor, "give a number from 0 to 1")
+    returns = torch.zeros_like(values)
+    following = bootstrap = torch.zeros_like(rewards)
+    for position in range(values.shape[1] - 1, -1, -1):
+        if lam < 1.0:
+            following = (1.0 - lam) * bootstrap + lam * following
+        # Where an episode ends its reward is known: it takes the place of the prediction. Beyond that nothing
+        # holds.
+        ends, beyond = (last == position)[:, None], (last < position)[:, None]
+        following = torch.where(ends, rewards, torch.where(beyond, torch.zeros_like(rewards), gamma * following))
+        bootstrap = torch.where(ends, rewards, values[:, position])
+        returns[:, position] = following
+    return returns.detach()
+
+
+def discounted_rewards(rewards: torch.Tensor, last: torch.Tensor, length: int, gamma: float = 1.0) -> torch.Tensor:
+    """What was in fact received, seen from each position: γ^(L - p) reward, [B, length, M] (zero after L)."""
+    return lambda_returns(rewards.new_zeros(len(rewards), length, rewards.shape[1]), rewards, last, 1.0, gamma)
+
+
+def r_squared(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Share of the targets' variance that predictions explain: 1 for perfect ones, 0 for their mean.
+
+    The mean is that of these very targets, so no constant predictor can do better than 0.
+
+    Args:
+        predictions, targets: float [N, M].
+
+    Returns:
+        float64 [M]; NaN where the targets do not vary.
+    """
+    predictions, targets = predictions.double(), targets.double()
+    residual = (predictions - targets).square().sum(0)
+    variation = (targets - targets.mean(0)).square().sum(0)
+    return torch.where(variation > 0, 1.0 - residual / variation, torch.nan)

@@ -1,0 +1,264 @@
+"""Rollouts: responses sampled from the frozen model and what they are worth, in a folder of Parquet shards.
+
+    index.json               header, plan and the shards done so far
+    shard-00000.parquet      prompt, response, prompt_ids, response_ids, finish_reason, seed, prompt_index,
+                             reward.NAME
+    shard-00000.safetensors  on request: ``states`` [rows, width] and ``offsets`` [responses + 1]
+
+A shard exists for the reader once the index names it. Every file is written beside its place and renamed, the
+index last, so a run that is killed leaves whole shards and an index that tells the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vas_engine.errors import InvalidArgumentError, TrainingDataError, nearest
+
+__all__ = ["Header", "Rollout", "RolloutWriter", "Rollouts", "load_rollouts"]
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+REWARD_PREFIX = "reward."
+METADATA_KEY = b"vas_engine"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response sampled from the frozen model.
+
+    Attributes:
+        response_ids: tokens after the prompt, the one that ended it (EOS or a stop token) included.
+        finish_reason: ``"stop"``, or ``"length"`` where the token limit cut it.
+        prompt_index: place of the prompt in the list it came from; responses to one prompt share it.
+        rewards: by name.
+    """
+
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    finish_reason: str
+    seed: int
+    prompt_index: int
+    rewards: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Header:
+    """How rollouts were made; a folder holds rollouts of one header only.
+
+    Attributes:
+        fingerprint: of the model sampled from, as `CausalLM.fingerprint` gives it.
+        settings: of the sampling: temperature, max_tokens, seed, ... and a digest of the prompts.
+        rewards: by name, ``{"spec": description, "bounds": [low, high] | None}``.
+    """
+
+    fingerprint: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rollouts in memory, all with the same rewards."""
+
+    header: Header
+    rollouts: list[Rollout]
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.rollouts)
+
+    @property
+    def reward_names(self) -> list[str]:
+        return list(self.header.rewards)
+
+    def rewards(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the rewards named, float64 [rollouts, names].
+
+        Raises:
+            InvalidArgumentError: a reward that the rollouts do not have.
+        """
+        for name in names:
+            if name not in self.header.rewards:
+                hint = nearest(name, self.reward_names)
+                raise InvalidArgumentError("reward", name, f"the rollouts have no such reward; {hint}")
+        table = [[rollout.rewards[name] for name in names] for rollout in self.rollouts]
+        return torch.tensor(table, dtype=torch.float64).reshape(len(self), len(names))
+
+
+class RolloutWriter:
+    """Writes shards into a folder, or goes on with a folder that an earlier run began.
+
+    Raises:
+        InvalidArgumentError: the folder holds rollouts made in another way; the message names what differs.
+        TrainingDataError: the folder's index cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, header: Header) -> None:
+        self.folder, self.header = Path(folder), header
+        self.shards: dict[str, int] = {}
+        if (self.folder / INDEX).exists():
+            index = _read_index(self.folder)
+            _check_same(self.folder, index["header"], asdict(header))
+            self.shards = {name: rows for name, rows in index["shards"].items() if (self.folder / name).exists()}
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InvalidArgumentError("out", str(folder), "holds other files; choose a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_index()
+
+    def has(self, shard: int) -> bool:
+        """Whether the shard of this number is done."""
+        return _shard_name(shard) in self.shards
+
+    def write(self, shard: int, rollouts: Sequence[Rollout], states: Sequence[Any] | None = None) -> None:
+        """Write one shard.
+
+        Args:
+            shard: its number; one that exists is replaced.
+            rollouts: its rows, with exactly the header's rewards.
+            states: hidden states per rollout, each ``[positions, width]``, kept in their dtype.
+        """
+        import pyarrow.parquet as parquet
+
+        path = self.folder / _shard_name(shard)
+        table = _to_table(rollouts, self.header)
+        if states is not None:
+            _atomically(path.with_suffix(".safetensors"), lambda temporary: _save_states(states, temporary))
+        _atomically(path, lambda temporary: parquet.write_table(table, temporary, compression="zstd"))
+        self.shards[path.name] = len(rollouts)
+        self._write_index()
+
+    def _write_index(self) -> None:
+        shards = dict(sorted(self.shards.items()))
+        text = json.dumps({"header": asdict(self.header), "shards": shards}, indent=2, ensure_ascii=False)
+        _atomically(self.folder / INDEX, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def load_rollouts(folder: str | Path) -> Rollouts:
+    """Read every finished shard of a folder, in order.
+
+    Raises:
+        TrainingDataError: no rollouts there, or a shard that is missing, corrupt or not what the index says.
+    """
+    folder = Path(folder)
+    index = _read_index(folder)
+    header = Header(**index["header"])
+    rollouts: list[Rollout] = []
+    for name, rows in sorted(index["shards"].items()):
+        shard = _read_shard(folder / name, header)
+        if len(shard) != rows:
+            raise TrainingDataError(f"{folder / name} has {len(shard)} rows, its index says {rows}: collect again")
+        rollouts += shard
+    if not rollouts:
+        raise TrainingDataError(f"{folder} holds no finished shard: run `vas collect` to its end")
+    return Rollouts(header, rollouts)
+
+
+def load_states(folder: str | Path, shard: int) -> list[torch.Tensor]:
+    """Read the hidden states saved beside one shard: per rollout ``[positions, width]``."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / Path(_shard_name(shard)).with_suffix(".safetensors")
+    if not path.exists():
+        raise TrainingDataError(f"{path} does not exist: collect with hidden states to have it")
+    tensors = load_file(path)
+    offsets = tensors["offsets"].tolist()
+    return [tensors["states"][start:stop] for start, stop in pairwise(offsets)]
+
+
+def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    columns: dict[str, Any] = {
+        "prompt": pa.array([r.prompt for r in rollouts], pa.string()),
+        "response": pa.array([r.response for r in rollouts], pa.string()),
+        "prompt_ids": pa.array([r.prompt_ids for r in rollouts], tokens),
+        "response_ids": pa.array([r.response_ids for r in rollouts], tokens),
+        "finish_reason": pa.array([r.finish_reason for r in rollouts], pa.string()),
+        "seed": pa.array([r.seed for r in rollouts], pa.uint64()),
+        "prompt_index": pa.array([r.prompt_index for r in rollouts], pa.int64()),
+    }
+    for name in header.rewards:
+        columns[REWARD_PREFIX + name] = pa.array([r.rewards[name] for r in rollouts], pa.float64())
+    metadata = {METADATA_KEY: json.dumps(asdict(header), ensure_ascii=False).encode()}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _read_shard(path: Path, header: Header) -> list[Rollout]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        rows = parquet.read_table(path).to_pylist()
+        return [
+            Rollout(
+                rewards={name: row.pop(REWARD_PREFIX + name) for name in header.rewards},
+                **{key: value for key, value in row.items() if not key.startswith(REWARD_PREFIX)},
+            )
+            for row in rows
+        ]
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        fix = "delete it and collect again; finished shards are kept"
+        raise TrainingDataError(f"cannot read {path} ({type(error).__name__}: {error}): {fix}") from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index["header"]["version"]
+        index["shards"].items()
+    except FileNotFoundError as error:
+        raise TrainingDataError(
+            f"{folder} holds no rollouts ({INDEX} is missing): give a folder that `vas collect` wrote"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingDataError(f"{path} is not an index of rollouts ({error!r}): collect again") from error
+    if version != FORMAT_VERSION:
+        raise TrainingDataError(f"{path} has format {version}, this version reads {FORMAT_VERSION}: collect again")
+    return index
+
+
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    wanted = json.loads(json.dumps(wanted))
+    for part in ("fingerprint", "settings", "rewards"):
+        for key in sorted(found[part].keys() | wanted[part].keys()):
+            before, now = found[part].get(key), wanted[part].get(key)
+            if before != now:
+                found_there = f"its rollouts have {part} {key}={before!r}, not {now!r}"
+                fix = f"{found_there}; choose a new folder or the old setting"
+                raise InvalidArgumentError("out", str(folder), fix)
+
+
+def _save_states(states: Sequence[torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    lengths = torch.tensor([0, *map(len, states)])
+    save_file({"states": torch.cat(list(states)).cpu().contiguous(), "offsets": lengths.cumsum(0)}, path)
+
+
+def _atomically(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.parquet"
