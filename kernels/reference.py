@@ -346,9 +346,7 @@ def choose_winner(selection: SelectionTensors, tilt: Tensor) -> WinnerTensors:
 # Pages are [num_blocks, block_size, kv_heads, head_dim]; a slot is block * block_size + offset.
 
 
-def write_pages(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
-) -> None:
+def write_pages(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """Writes keys and values [R, KVH, D] to their slots (int64 [R]); rows of slot -1 are left out."""
     kept = (slots >= 0).nonzero().flatten()
     target = slots[kept]

@@ -132,15 +132,11 @@ def test_one_prompt_prints_its_completion_and_nothing_else_on_stdout(model, caps
 
 def test_prompts_from_stdin_and_files_equal_those_from_arguments(model, capsys, monkeypatch, tmp_path):
     options = ["--max-tokens", "6", "--seed", "3", "--ignore-eos", "--json", "--quiet", *FAST]
-    expected = [
-        json.loads(line) for line in vas(capsys, "generate", model, "Hi", "Yo", *options)[1].splitlines()
-    ]
+    expected = [json.loads(line) for line in vas(capsys, "generate", model, "Hi", "Yo", *options)[1].splitlines()]
     text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("Hi\n\nYo\n", encoding="utf-8")
     lines.write_text('"Hi"\n{"prompt": "Yo", "params": {"max_tokens": 2}}\n', encoding="utf-8")
-    from_text = [
-        json.loads(line) for line in vas(capsys, "generate", model, "--file", text, *options)[1].splitlines()
-    ]
+    from_text = [json.loads(line) for line in vas(capsys, "generate", model, "--file", text, *options)[1].splitlines()]
     assert [tokens(record) for record in from_text] == [tokens(record) for record in expected]
     from_lines = [
         json.loads(line) for line in vas(capsys, "generate", model, "--file", lines, *options)[1].splitlines()
@@ -246,9 +242,7 @@ def test_bad_input(model, capsys, words, message):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"), [("{", "is no JSON"), ("3", "must be a text"), ("", "holds no prompt")]
-)
+@pytest.mark.parametrize(("line", "message"), [("{", "is no JSON"), ("3", "must be a text"), ("", "holds no prompt")])
 def test_bad_files(model, capsys, tmp_path, line, message):
     file = tmp_path / "p.jsonl"
     file.write_text(line)

@@ -144,9 +144,7 @@ def test_logprobs_are_those_of_the_model(llm):
         for other, entry in entries.items():
             assert entry.logprob == pytest.approx(row[other].item(), abs=1e-4)
             assert entry.tilted_logprob == entry.logprob
-    total = sum(
-        entries[token].logprob for entries, token in zip(output.logprobs, output.token_ids, strict=True)
-    )
+    total = sum(entries[token].logprob for entries, token in zip(output.logprobs, output.token_ids, strict=True))
     assert output.cumulative_logprob == pytest.approx(total)
 
 
@@ -502,9 +500,7 @@ def test_real_model(model):
 
 def test_importing_the_package_is_light():
     code = "import sys, vas_engine; vas_engine.SamplingParams(); print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "transformers", "fastapi", "uvicorn", "ray", "vllm", "pyarrow", "matplotlib", "plotext"}
     assert not heavy & set(loaded)
     assert "vas_engine.params" in loaded

@@ -16,10 +16,7 @@ def deferred_interrupt() -> Iterator[None]:
     Only in the main thread and over Python's own handler; elsewhere nothing is changed.
     """
     handler = signal.default_int_handler
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) != handler
-    ):
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != handler:
         yield
         return
     noted = False

@@ -243,9 +243,7 @@ class LLM:
             self.render_chat(conversation, **options, **(chat_template_kwargs or {}))
             for conversation in (messages if several else [messages])
         ]
-        return self.generate(
-            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, on_error=on_error
-        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, on_error=on_error)
 
     def render_chat(self, messages: Any, **options: Any) -> Prompt:
         """A conversation as the prompt that `chat` would run; `stream` takes it too."""
@@ -318,9 +316,7 @@ class LLM:
     def _submit(self, prompt: Prompt, params: SamplingParams, priority: int) -> RequestOutput:
         self._count += 1
         if params.stop and self.tokenizer is None:
-            raise InvalidArgumentError(
-                "stop", params.stop, "needs a tokenizer; use stop_token_ids without one"
-            )
+            raise InvalidArgumentError("stop", params.stop, "needs a tokenizer; use stop_token_ids without one")
         if params.seed is None and self._seed is not None:
             params = dataclasses.replace(params, seed=fork_seed(self._seed, self._count))
         ids = prompt.encode(self.tokenizer)

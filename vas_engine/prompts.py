@@ -30,9 +30,7 @@ class Prompt:
         if self.token_ids is not None:
             return self.token_ids
         if not self.text:
-            fix = (
-                "is empty; give some text, or {'prompt_token_ids': [id]} to start from one token such as BOS"
-            )
+            fix = "is empty; give some text, or {'prompt_token_ids': [id]} to start from one token such as BOS"
             raise InvalidArgumentError("prompt", self.text, fix)
         if tokenizer is None:
             fix = "no tokenizer is loaded; pass token ids, or LLM(..., tokenizer=folder)"

@@ -45,9 +45,7 @@ def render_chat(tokenizer: Any | None, messages: Any, **options: Any) -> Prompt:
         InvalidArgumentError: no template, messages that are none, or a template that refuses them.
     """
     if tokenizer is None:
-        raise InvalidArgumentError(
-            "messages", messages, "no tokenizer is loaded; chat needs one with a template"
-        )
+        raise InvalidArgumentError("messages", messages, "no tokenizer is loaded; chat needs one with a template")
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
         fix = "the tokenizer has no chat template (a base model?); use generate, or pass chat_template="
         raise InvalidArgumentError("messages", messages, fix)
@@ -58,9 +56,7 @@ def render_chat(tokenizer: Any | None, messages: Any, **options: Any) -> Prompt:
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # templates raise what they like
-        raise InvalidArgumentError(
-            "messages", messages, f"the chat template refuses them: {error}"
-        ) from error
+        raise InvalidArgumentError("messages", messages, f"the chat template refuses them: {error}") from error
     # The template writes the special tokens itself.
     return Prompt(text, list(tokenizer.encode(text, add_special_tokens=False)))
 

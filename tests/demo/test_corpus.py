@@ -60,10 +60,7 @@ def test_lengths_vary_and_do_not_give_the_mood_away(texts: list[str], moods: lis
 def test_every_subject_and_every_place_occurs(texts: list[str]) -> None:
     everything = " ".join(texts)
     missing = [
-        place
-        for subject in SUBJECTS.values()
-        for place in subject.places
-        if place.split(" ", 1)[1] not in everything
+        place for subject in SUBJECTS.values() for place in subject.places if place.split(" ", 1)[1] not in everything
     ]
     assert not missing
 
@@ -83,9 +80,7 @@ def test_texts_do_not_look_alike(texts: list[str]) -> None:
 def test_friends_and_things_are_introduced_once(texts: list[str]) -> None:
     """Tom comes in as "her friend Tom", a kite as "a red kite"; they are "Tom" and "the kite" ever after."""
     friends = re.compile(rf"\b(?:her|his|its) (?:{'|'.join(BONDS)}|sister|aunt) [A-Z]")
-    kites = re.compile(
-        rf"\b(?:{'|'.join(COLOURS)}) (?:kite|spade|basket|boat|lantern|letter|umbrella|book|pencil)\b"
-    )
+    kites = re.compile(rf"\b(?:{'|'.join(COLOURS)}) (?:kite|spade|basket|boat|lantern|letter|umbrella|book|pencil)\b")
     for text in texts:
         assert len(friends.findall(text)) <= 1, text
         assert len(kites.findall(text)) <= 1, text

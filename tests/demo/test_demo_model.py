@@ -56,9 +56,7 @@ def test_the_model_is_a_small_llama_with_grouped_queries(
     assert config.bos_token_id == model.generation_config.bos_token_id == tokenizer.bos_token_id
 
 
-def test_encoding_adds_bos_and_is_lossless(
-    tokenizer: PreTrainedTokenizerBase, fresh_texts: list[str]
-) -> None:
+def test_encoding_adds_bos_and_is_lossless(tokenizer: PreTrainedTokenizerBase, fresh_texts: list[str]) -> None:
     for text in [*fresh_texts, *OPENINGS, "Žofie’s  naïve café\n\t✓ 東京"]:
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id
@@ -67,9 +65,7 @@ def test_encoding_adds_bos_and_is_lossless(
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_stories_have_a_fitting_number_of_tokens(
-    tokenizer: PreTrainedTokenizerBase, fresh_texts: list[str]
-) -> None:
+def test_stories_have_a_fitting_number_of_tokens(tokenizer: PreTrainedTokenizerBase, fresh_texts: list[str]) -> None:
     counts = [len(ids) for ids in tokenizer(fresh_texts)["input_ids"]]
     assert 30 < statistics.mean(counts) < 70
     assert max(counts) < 200
@@ -98,9 +94,7 @@ def test_batches_end_with_eos_and_padding_bears_no_loss(tokenizer: PreTrainedTok
     assert torch.equal(labels[1], ids[1])
 
 
-def test_sampled_stories_end_at_varied_lengths(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_sampled_stories_end_at_varied_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Lengths in tokens, of 24 samples of one opening."""
     torch.manual_seed(0)
     prompt = tokenizer(OPENINGS[0], return_tensors="pt")

@@ -1,8 +1,8 @@
 """A request's tokens do not depend on what runs beside it, on preemption, on the prefix cache or on pruning.
 
 Noise is keyed by (seed, position, token), so what could differ is rounding: matrix products of another shape may add
-in another order. On float32 that moves scores by about 1e-6, and a token changes only where two perturbed scores are closer
-than that. These tests compare a few thousand tokens and expect all of them equal.
+in another order. On float32 that moves scores by about 1e-6, and a token changes only where two perturbed scores are
+closer than that. These tests compare a few thousand tokens and expect all of them equal.
 """
 
 from __future__ import annotations

@@ -227,9 +227,7 @@ def test_pieces_of_single_tokens():
 def test_json_is_plain():
     front, output = front_with(logprobs=1, values={"kind": 1.0})
     best = [TokenLogprob(66, -0.5, math.nan)]
-    front.process(
-        [TokenEvent("r", 0, 65, values={"kind": math.nan}, top_logprobs=best, finish_reason="length")]
-    )
+    front.process([TokenEvent("r", 0, 65, values={"kind": math.nan}, top_logprobs=best, finish_reason="length")])
     record = json.loads(json.dumps(output.to_dict(), allow_nan=False))
     assert record["outputs"][0]["values"] == {"kind": [None]}
     assert record["outputs"][0]["logprobs"][0][1]["tilted_logprob"] is None

@@ -268,9 +268,7 @@ def test_children_share_the_prompt_and_decode_at_once() -> None:
     ("limits", "running"),
     [({"seqs": 2}, 1), ({"num_blocks": 4}, 1), ({"budget": 9 + 2 * 3}, 1), ({"budget": 9 + 3 * 3 + 2}, 2)],
 )
-def test_children_without_seat_block_or_rows_wait_and_go_on_from_the_cache(
-    limits: dict, running: int
-) -> None:
+def test_children_without_seat_block_or_rows_wait_and_go_on_from_the_cache(limits: dict, running: int) -> None:
     scheduler = make(**limits)
     parent, *children = samples(4, 10, rows_per_token=3, forks=3)
     fork_after_prompt(scheduler, parent, children)
@@ -439,9 +437,7 @@ def test_nobody_is_pushed_out_in_vain() -> None:
     important, minor = ask("important", 15, priority=-1), ask("minor", 3, priority=1, token=9)
     scheduler.add(important), scheduler.add(minor)
     step(scheduler)
-    scheduler.add(
-        ask("middle", 8, token=3)
-    )  # even without the minor one there is no room beside the important
+    scheduler.add(ask("middle", 8, token=3))  # even without the minor one there is no room beside the important
     plan = step(scheduler)
     assert plan.preempted == []
     assert minor.is_running

@@ -38,9 +38,7 @@ OPTIONS = {
     "bias": [{}, {3: 2.5, 11: -4.0, 12: -np.inf}],
 }
 ONE_AT_A_TIME = [{name: value} for name, values in OPTIONS.items() for value in values]
-COMBINATIONS = [
-    dict(zip(OPTIONS, choice, strict=True)) for choice in list(itertools.product(*OPTIONS.values()))[::29]
-]
+COMBINATIONS = [dict(zip(OPTIONS, choice, strict=True)) for choice in list(itertools.product(*OPTIONS.values()))[::29]]
 
 
 def _support(logits, **settings):
@@ -56,9 +54,7 @@ def _warped(logits, seen, **s):
     """Log-probabilities [V] after Hugging Face's processors, in float64."""
     chain = LogitsProcessorList()
     if s.get("bias"):
-        chain.append(
-            SequenceBiasLogitsProcessor([[[token], float(value)] for token, value in s["bias"].items()])
-        )
+        chain.append(SequenceBiasLogitsProcessor([[[token], float(value)] for token, value in s["bias"].items()]))
     if s.get("repetition_penalty", 1) != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(s["repetition_penalty"]))
     if s.get("temperature", 1) != 1:
@@ -88,9 +84,7 @@ def test_equals_hugging_face(settings):
         ids, log_probs = _support(logits, history=dict.fromkeys(seen, 0), **settings)
         kept = torch.nonzero(expected > -torch.inf)[:, 0]
         assert sorted(ids.tolist()) == kept.tolist()
-        torch.testing.assert_close(
-            log_probs, expected[ids], rtol=1e-6, atol=1e-6
-        )  # they hold the bias in float32
+        torch.testing.assert_close(log_probs, expected[ids], rtol=1e-6, atol=1e-6)  # they hold the bias in float32
         if not settings.get("bias"):
             torch.testing.assert_close(log_probs, expected[ids], rtol=1e-12, atol=1e-12)
 
@@ -135,7 +129,5 @@ def test_forks_share_a_row():
     arrays = SamplingArrays.build(3, seed=[1, 2, 1], temperature=[1, 1, 1])
     result = reference.candidate_select(logits, np.array([1, 1, 0]), arrays)
     for s, (row, seed) in enumerate([(1, 1), (1, 2), (0, 1)]):
-        perturbed = torch.log_softmax(logits[row].double(), 0) + reference.gumbel_noise(
-            seed, 0, torch.arange(30)
-        )
+        perturbed = torch.log_softmax(logits[row].double(), 0) + reference.gumbel_noise(seed, 0, torch.arange(30))
         assert int(result.token_ids[s, 0]) == int(perturbed.argmax())

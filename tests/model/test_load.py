@@ -64,9 +64,7 @@ def test_layers_are_what_the_configs_say():
     }
     assert {spec.softcap for spec in specs["gemma2"]} == {2.0}
     assert [spec.scale for spec in specs["gemma2"]] == [5**-0.5] * 3
-    assert [spec.scale for spec in specs["gpt2"]] == pytest.approx(
-        [8**-0.5 / (layer + 1) for layer in range(3)]
-    )
+    assert [spec.scale for spec in specs["gpt2"]] == pytest.approx([8**-0.5 / (layer + 1) for layer in range(3)])
     assert [(spec.num_heads, spec.kv_heads, spec.head_dim) for spec in specs["qwen3"]] == [(4, 2, 12)] * 3
 
 
@@ -206,17 +204,14 @@ def test_a_classifiers_head_is_not_taken_for_a_language_model_head():
 def test_fingerprint_tells_weights_and_vocabularies_apart():
     model = random_model(LlamaConfig(**TINY))
     prints = [
-        CausalLM.load(copy.deepcopy(model), device="cpu", dtype=kind).fingerprint()
-        for kind in ("float32", "bfloat16")
+        CausalLM.load(copy.deepcopy(model), device="cpu", dtype=kind).fingerprint() for kind in ("float32", "bfloat16")
     ]
     assert prints[0] == prints[1]
     changed = copy.deepcopy(model)
     changed.model.layers[1].mlp.up_proj.weight[3, 3] += 1.0
     assert CausalLM.load(changed, device="cpu").fingerprint()["weights"] != prints[0]["weights"]
     lm = CausalLM.load(model, device="cpu")
-    hashes = [
-        lm.fingerprint(AutoTokenizer.from_pretrained(checkpoint(name)))["vocabulary"] for name in MODELS
-    ]
+    hashes = [lm.fingerprint(AutoTokenizer.from_pretrained(checkpoint(name)))["vocabulary"] for name in MODELS]
     assert len({*hashes} - {None}) == 3
     assert lm.fingerprint()["vocabulary"] is None
 
@@ -240,15 +235,13 @@ def test_large_models_are_sampled_from_end_to_end(monkeypatch):
 def test_real_checkpoints_continue_as_in_transformers(name):
     folder = checkpoint(name)
     lm = CausalLM.load(folder, device="cpu")
-    eager = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert lm.vocab_size == eager.config.vocab_size
     assert lm.eos_token_ids
-    assert lm.eos_token_ids == {
-        *(e if isinstance(e := eager.generation_config.eos_token_id, list) else [e])
-    } | {*(e if isinstance(e := eager.config.eos_token_id, list) else [e])}
+    assert lm.eos_token_ids == {*(e if isinstance(e := eager.generation_config.eos_token_id, list) else [e])} | {
+        *(e if isinstance(e := eager.config.eos_token_id, list) else [e])
+    }
     lm.allocate(40, 4)
     prompts = [
         tokenizer("Once upon a time")["input_ids"],

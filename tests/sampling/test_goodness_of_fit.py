@@ -76,9 +76,7 @@ def test_guided(cut, pruned, keep):
     arrays = _settings("seed", num_candidates=5, keep_tail=keep, **CUTS[cut])
     selection = select(logits[None], np.zeros(DRAWS, np.int64), arrays)
     candidates = selection.token_ids[0, :5]
-    tilt = np.where(
-        np.arange(selection.token_ids.shape[1]) == selection.tail[:, None], 0, tilt_of[selection.token_ids]
-    )
+    tilt = np.where(np.arange(selection.token_ids.shape[1]) == selection.tail[:, None], 0, tilt_of[selection.token_ids])
     if pruned:
         low, high = np.full(DRAWS, -1.0), np.full(DRAWS, 1.5)
         tilt[~prune(selection, low, high, np.zeros(DRAWS, bool))] = -np.inf

@@ -108,9 +108,7 @@ def test_fork_seeds():
     assert abs(bits.mean(0) - 0.5).max() < 5 * 0.5 / 20
 
 
-@pytest.mark.parametrize(
-    "arguments", [(-1, 0, [0]), (2**64, 0, [0]), (0, -1, [0]), (0, 0, [-1]), (0, 0, [2**31])]
-)
+@pytest.mark.parametrize("arguments", [(-1, 0, [0]), (2**64, 0, [0]), (0, -1, [0]), (0, 0, [-1]), (0, 0, [2**31])])
 def test_out_of_range_is_refused(arguments):
     seed, position, tokens = arguments
     with pytest.raises(InvalidArgumentError):

@@ -36,16 +36,12 @@ def test_every_instruction_set_equals_reference(name):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize(
-    "top", [{"top_k": 200}, {"top_p": 0.999}, {"min_p": 0.9}, {"top_k": 40, "top_p": 0.5}]
-)
+@pytest.mark.parametrize("top", [{"top_k": 200}, {"top_p": 0.999}, {"min_p": 0.9}, {"top_k": 40, "top_p": 0.5}])
 def test_ties_across_slices(backend, top):
     """Coarse bfloat16 logits: more tokens tie at the border than the lists of top tokens hold."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randint(0, 3, (1, 30_000), generator=generator).to(torch.bfloat16)
-    arrays = SamplingArrays.build(
-        4, seed=range(4), num_candidates=[0, 5, 5, 100], temperature=[1, 1, 0, 2], **top
-    )
+    arrays = SamplingArrays.build(4, seed=range(4), num_candidates=[0, 5, 5, 100], temperature=[1, 1, 0, 2], **top)
     rows = np.zeros(4, np.int64)
     ours = select(logits, rows, arrays, backend)
     first = torch.nonzero(logits[0] == 2)[:, 0]
@@ -194,9 +190,7 @@ def test_extreme_scores():
     """Spreads beyond what exp can hold, on both sides of the candidates."""
     logits = torch.tensor([[5e4, -5e4, -5e4 - 1, -6e4, 1e4]])
     temperature = [1, 1, 1, 1, 1e-6, 50]
-    arrays = SamplingArrays.build(
-        6, seed=range(6), num_candidates=[0, 1, 2, 3, 2, 2], temperature=temperature
-    )
+    arrays = SamplingArrays.build(6, seed=range(6), num_candidates=[0, 1, 2, 3, 2, 2], temperature=temperature)
     rows = np.zeros(6, np.int64)
     assert_same(select(logits, rows, arrays, "cpp"), select(logits, rows, arrays, "reference"))
 

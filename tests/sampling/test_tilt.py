@@ -22,8 +22,7 @@ def test_value_tilt_is_the_sum_of_clipped_advantages(backend):
     tilt = value_tilt(utilities, baselines, limits, owner, backend)
     for row, s in enumerate(owner):
         terms = [
-            max(-limits[s, m], min(limits[s, m], float(utilities[row, m]) - float(baselines[s, m])))
-            for m in range(3)
+            max(-limits[s, m], min(limits[s, m], float(utilities[row, m]) - float(baselines[s, m]))) for m in range(3)
         ]
         np.testing.assert_allclose(tilt[row], sum(terms), rtol=1e-14, atol=1e-15)
     utilities[7, 1] = np.nan

@@ -30,16 +30,12 @@ def _policy(log_probs, tilt, keep):
 def test_statistics_by_enumeration(backend, keep, temperature, cut):
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(2)) * 1.5
     rng = np.random.default_rng(0)
-    support = select(
-        logits, ONE, SamplingArrays.build(1, temperature=temperature, num_candidates=30, **cut), backend
-    )
+    support = select(logits, ONE, SamplingArrays.build(1, temperature=temperature, num_candidates=30, **cut), backend)
     log_probs = np.full(30, -np.inf)
     log_probs[support.token_ids[0, : support.count[0]]] = support.log_probs[0, : support.count[0]]
     np.testing.assert_allclose(np.exp(log_probs).sum(), 1)
     for seed in range(20):
-        arrays = SamplingArrays.build(
-            1, temperature=temperature, num_candidates=6, keep_tail=keep, seed=seed, **cut
-        )
+        arrays = SamplingArrays.build(1, temperature=temperature, num_candidates=6, keep_tail=keep, seed=seed, **cut)
         selection = select(logits, ONE, arrays, backend)
         tilt = rng.normal(size=selection.token_ids.shape) * 2
         tilt[0, 6:] = 0
@@ -79,9 +75,7 @@ def test_plain_step_has_no_divergence(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pruned_columns_leave_no_statistics(backend):
-    selection = select(
-        torch.zeros(1, 9), ONE, SamplingArrays.build(1, num_candidates=3, temperature=0), backend
-    )
+    selection = select(torch.zeros(1, 9), ONE, SamplingArrays.build(1, num_candidates=3, temperature=0), backend)
     winner = choose(selection, np.array([[-np.inf, 1.0, 1.0, 0.0]]), backend)
     assert (winner.column[0], winner.token_id[0]) == (1, 1)  # equal scores: the smaller column
     assert np.isfinite(winner.log_prob[0])

@@ -268,9 +268,7 @@ def test_a_value_model_has_no_network_settings(lm) -> None:
 
 
 def test_config_survives_json() -> None:
-    config = ValueConfig(
-        "lookahead", HEADS, hidden_size=8, vocab_size=9, states=(1, 0), width=4, base={"weights": "x"}
-    )
+    config = ValueConfig("lookahead", HEADS, hidden_size=8, vocab_size=9, states=(1, 0), width=4, base={"weights": "x"})
     assert ValueConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

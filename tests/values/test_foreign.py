@@ -249,9 +249,7 @@ def test_no_head_and_several_heads(tmp_path: Path) -> None:
     with pytest.raises(ValueArtifactError, match="no value head found"):
         load(tmp_path / "none", lm)
     weight = torch.zeros(1, 32)
-    write(
-        tmp_path / "two", random_model("llama"), {"score.weight": weight, "value_head.weight": weight.clone()}
-    )
+    write(tmp_path / "two", random_model("llama"), {"score.weight": weight, "value_head.weight": weight.clone()})
     with pytest.raises(ValueArtifactError, match="several heads"):
         load(tmp_path / "two", lm)
 

@@ -63,9 +63,7 @@ def turn(x: torch.Tensor, position: int) -> torch.Tensor:
     """Rotary, theta 10000, as complex numbers; x [heads, D]."""
     half = x.shape[-1] // 2
     angles = position * 10000.0 ** (-torch.arange(half, dtype=torch.float64) * 2 / x.shape[-1])
-    turned = torch.complex(x[:, :half].double(), x[:, half:].double()) * torch.polar(
-        torch.ones(half).double(), angles
-    )
+    turned = torch.complex(x[:, :half].double(), x[:, half:].double()) * torch.polar(torch.ones(half).double(), angles)
     return torch.cat([turned.real, turned.imag], -1).float()
 
 
@@ -82,18 +80,13 @@ def naive_outputs(network, lm, eager, tokens: list[int]) -> torch.Tensor:
     rows = []
     for p in range(len(tokens)):
         place = p - 1 if config.input == "action" else p
-        states = [
-            out.hidden_states[j][0, place] if place >= 0 else torch.zeros(lm.hidden_size)
-            for j in config.states
-        ]
+        states = [out.hidden_states[j][0, place] if place >= 0 else torch.zeros(lm.hidden_size) for j in config.states]
         x = network.state_weight @ torch.cat([norm(s) for s in states])
         if config.input == "action":
             x = x + network.embed_weight @ norm(embedded[p])
         rows.append(x)
     for layer in network.layers:
-        rows = (naive_reader if config.kind == "reader" else naive_side)(
-            config, layer, lm, out.past_key_values, rows
-        )
+        rows = (naive_reader if config.kind == "reader" else naive_side)(config, layer, lm, out.past_key_values, rows)
     heads = network.heads
     hidden = torch.nn.functional.gelu(norm(torch.stack(rows)) @ heads.hidden.weight.T + heads.hidden.bias)
     return (hidden @ heads.output.weight.T + heads.output.bias).detach()

@@ -26,9 +26,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="folder or hub name (default: the model that ships with the package)")
     parser.add_argument("--prompts", help="file of openings, a line each (default: openings of little stories)")
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME=SPEC", help="twice; default mood=vader and length"
-    )
+    parser.add_argument("--reward", action="append", metavar="NAME=SPEC", help="twice; default mood=vader and length")
     parser.add_argument("--kind", default="side", help="value network: side, reader, action, lookahead, side-lookahead")
     parser.add_argument("--samples", type=int, help="texts per opening to train on")
     parser.add_argument("--max-tokens", type=int, help="longest text")
@@ -75,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
     say(f"\n{seconds:.0f} s in all. Plot: {out / 'frontier.png'}; the trained value: {out / 'value'}")
     model = args.model or "demo"
     name = result.reward_names[0]
-    say(f"Try it:  vas generate {model} \"{config.prompts[0]}\" --value {out / 'value'} --weight {name}=4")
+    say(f'Try it:  vas generate {model} "{config.prompts[0]}" --value {out / "value"} --weight {name}=4')
     return 0

@@ -162,9 +162,7 @@ def _stream(llm: LLM, prompt: Any, params: SamplingParams, args: argparse.Namesp
     return last
 
 
-def _batch(
-    llm: LLM, requests: list[tuple[Any, SamplingParams]], args: argparse.Namespace
-) -> list[RequestOutput]:
+def _batch(llm: LLM, requests: list[tuple[Any, SamplingParams]], args: argparse.Namespace) -> list[RequestOutput]:
     prompts, params = [prompt for prompt, _ in requests], [own for _, own in requests]
     bar = not args.quiet and sys.stderr.isatty()
     outputs = llm.generate(prompts, params, use_tqdm=bar, on_error="return")

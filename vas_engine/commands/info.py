@@ -54,9 +54,7 @@ def run(args: argparse.Namespace) -> None:
         llm = load_llm(args)
         report["model"] = describe_model(llm)
     if folders:
-        report["values"] = {
-            name or Path(folder).name: describe_value(folder) for name, folder in folders.items()
-        }
+        report["values"] = {name or Path(folder).name: describe_value(folder) for name, folder in folders.items()}
     print(json.dumps(report, indent=2, default=str) if args.json else _as_text(report))
 
 

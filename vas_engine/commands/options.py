@@ -91,18 +91,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--ignore-eos", action="store_const", const=True)
     add("--include-stop-str-in-output", action="store_const", const=True, help="keep the stop text")
     add("--keep-special-tokens", dest="skip_special_tokens", action="store_const", const=False)
-    add(
-        "--logprobs", type=int, metavar="N", help="log-probability of each token and of the N best, both ways"
-    )
+    add("--logprobs", type=int, metavar="N", help="log-probability of each token and of the N best, both ways")
     add("--presence-penalty", type=float, metavar="X")
     add("--frequency-penalty", type=float, metavar="X")
     add("--repetition-penalty", type=float, metavar="X")
     add("--logit-bias", action="append", default=[], metavar="ID=X", help="-inf bans; may be repeated")
     values = parser.add_argument_group("values")
     add = values.add_argument
-    add(
-        "--weight", action="append", default=[], metavar="NAME=W", help="strength of a value; may be repeated"
-    )
+    add("--weight", action="append", default=[], metavar="NAME=W", help="strength of a value; may be repeated")
     add("--num-candidates", type=int, metavar="K", help="tokens that the values look at (default 20)")
     add("--tail", metavar="keep|drop", help="what becomes of the other tokens")
     add("--baseline", metavar="state|candidate-mean")
@@ -133,9 +129,7 @@ def read_values(values: Sequence[str]) -> Any:
     for value in values:
         name, sign, folder = value.partition("=")
         if not sign or not name or not folder:
-            raise InvalidArgumentError(
-                "--value", value, "write NAME=FOLDER; of several values each needs a name"
-            )
+            raise InvalidArgumentError("--value", value, "write NAME=FOLDER; of several values each needs a name")
         if name in named:
             raise InvalidArgumentError("--value", value, "this name is taken; give each value another")
         named[name] = folder

@@ -125,8 +125,7 @@ SUBJECTS: dict[str, Subject] = {
         things=_split("spoon, pot, cup, cake, jar, apron, plate"),
         critters=_split("mouse, cat, spider, puppy"),
         tasks=_split(
-            "bake a cake, peel the potatoes, stir the soup, wash the dishes, set the table, make some tea,"
-            "cut the bread"
+            "bake a cake, peel the potatoes, stir the soup, wash the dishes, set the table, make some tea,cut the bread"
         ),
         scenes={
             0: (
@@ -185,9 +184,7 @@ SUBJECTS: dict[str, Subject] = {
         },
     ),
     "school": Subject(
-        places=_split(
-            "at school, in the classroom, in the playground, in the music room, at the school gate"
-        ),
+        places=_split("at school, in the classroom, in the playground, in the music room, at the school gate"),
         things=_split("book, pencil, ball, drum, picture, ruler, notebook"),
         critters=_split("hamster, squirrel, turtle, sparrow"),
         tasks=_split(
@@ -285,12 +282,9 @@ SUBJECTS: dict[str, Subject] = {
 }
 
 WOMEN = _split(
-    "Mara, Anna, Lily, Nora, Ella, Ida, Rosa, Clara, Maya, Tess, Ruth, Zoe, Hana, Mina, Greta, "
-    "Mrs Bell, Mrs Lane"
+    "Mara, Anna, Lily, Nora, Ella, Ida, Rosa, Clara, Maya, Tess, Ruth, Zoe, Hana, Mina, Greta, Mrs Bell, Mrs Lane"
 )
-MEN = _split(
-    "Tom, Ben, Sam, Leo, Max, Finn, Omar, Jack, Hugo, Paul, Ivan, Noah, Kofi, Luca, Peter, Mr Hill, Mr Reed"
-)
+MEN = _split("Tom, Ben, Sam, Leo, Max, Finn, Omar, Jack, Hugo, Paul, Ivan, Noah, Kofi, Luca, Peter, Mr Hill, Mr Reed")
 BEASTS = _split("cat, dog, fox, bear, rabbit, mouse, donkey, wolf, duck, goat")
 BEAST_KINDS = _split("old, young, little, grey, white, brown, small, lame")
 BONDS = _split("friend, cousin, neighbour, brother, uncle, teacher")

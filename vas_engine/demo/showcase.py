@@ -136,9 +136,7 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
     say(f"3/5  Training one {config.kind} network with two heads: {names[0]} and {names[1]}")
     heads = [head_for(rollouts, name) for name in names]
     network = make_network(llm.lm, config.kind, heads, tokenizer=llm.tokenizer, seed=config.seed)
-    report = fit(
-        llm.lm, network, rollouts, FitConfig(epochs=config.epochs, seed=config.seed), use_tqdm=use_tqdm
-    )
+    report = fit(llm.lm, network, rollouts, FitConfig(epochs=config.epochs, seed=config.seed), use_tqdm=use_tqdm)
     save_value(out / "value", network)
     save_report(out / "value", report)
     result.r_squared = {name: head.r_squared for name, head in report.heads.items()}
@@ -217,15 +215,11 @@ def _measure_all(
 ) -> list[Row]:
     prompts = list(config.prompts[: config.eval_prompts])
     base = SamplingParams(max_tokens=config.max_tokens)
-    plain = measure(
-        llm, prompts, base, rewards, samples=config.pool, seed=config.seed, kl=False, use_tqdm=use_tqdm
-    )
+    plain = measure(llm, prompts, base, rewards, samples=config.pool, seed=config.seed, kl=False, use_tqdm=use_tqdm)
     rows = [_row("plain", None, plain)]
     first, second = names
     plans: list[tuple[str, str | None, dict[str, float]]] = [
-        (f"guided, {name} x{strength:g}", name, {name: strength})
-        for name in names
-        for strength in config.strengths
+        (f"guided, {name} x{strength:g}", name, {name: strength}) for name in names for strength in config.strengths
     ]
     half = max(config.strengths) / 2
     for up, down in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
@@ -283,9 +277,7 @@ def table(result: Showcase) -> str:
     head = ["", first, second, "KL (nats)", "tokens/s", "model rows/token", "value rows/token"]
     lines = [head]
     for row in result.rows:
-        means = [
-            f"{row.rewards[n]:.2f} ±{row.errors[n]:.2f}" if n in row.rewards else "" for n in (first, second)
-        ]
+        means = [f"{row.rewards[n]:.2f} ±{row.errors[n]:.2f}" if n in row.rewards else "" for n in (first, second)]
         bound = "at most " if row.kl_is_upper_bound else ""
         lines.append(
             [
@@ -315,9 +307,7 @@ def curves(result: Showcase, name: str) -> dict[str, tuple[list[float], list[flo
     plain = result.rows[0].rewards[name]
     found: dict[str, tuple[list[float], list[float]]] = {}
     for label, bound in (("guided", False), ("best-of-n", True)):
-        rows = sorted(
-            (r for r in result.rows if r.target == name and r.kl_is_upper_bound is bound), key=lambda r: r.kl
-        )
+        rows = sorted((r for r in result.rows if r.target == name and r.kl_is_upper_bound is bound), key=lambda r: r.kl)
         found[label] = ([0.0, *(r.kl for r in rows)], [plain, *(r.rewards[name] for r in rows)])
     return found
 

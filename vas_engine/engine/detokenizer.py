@@ -36,9 +36,7 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._decode_ids = tokenizer.decode
         self._skipped = frozenset(tokenizer.all_special_ids) if skip_special_tokens else frozenset()
         tail = [token for token in prompt_ids[-4 * CONTEXT_TOKENS :] if token not in self._skipped]

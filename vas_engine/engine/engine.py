@@ -87,9 +87,7 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._live) or bool(self._ended)
 
-    def add_request(
-        self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, priority: int = 0
-    ) -> None:
+    def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, priority: int = 0) -> None:
         """Queue a request; its ``n`` samples share the prompt's pages.
 
         Raises:
@@ -449,9 +447,7 @@ class Engine:
             child.hidden, child.num_hidden = list(parent.hidden), parent.num_hidden
         return ready
 
-    def _drop_failed(
-        self, sequences: Seq[Sequence], fine: np.ndarray, what: str, events: list[TokenEvent]
-    ) -> None:
+    def _drop_failed(self, sequences: Seq[Sequence], fine: np.ndarray, what: str, events: list[TokenEvent]) -> None:
         for sequence in (s for s, good in zip(sequences, fine, strict=True) if not good):
             error = NonFiniteError(
                 f"{what} of request {sequence.request_id!r} are not finite at position {len(sequence.token_ids)}: "
@@ -531,9 +527,7 @@ def _stack(parts: list[Selection]) -> Selection:
 
     def pad(name: str, value: float) -> np.ndarray:
         arrays = [getattr(p, name) for p in parts]
-        return np.concatenate(
-            [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value) for a in arrays]
-        )
+        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value) for a in arrays])
 
     def join(name: str) -> np.ndarray:
         return np.concatenate([getattr(p, name) for p in parts])

@@ -63,16 +63,12 @@ def slot(sequence: Sequence, position: int, block_size: int) -> int:
     return sequence.block_table[position // block_size] * block_size + position % block_size
 
 
-def unslotted(
-    sequences: Seq[Sequence], token_ids: np.ndarray, positions: np.ndarray, counts: np.ndarray
-) -> Rows:
+def unslotted(sequences: Seq[Sequence], token_ids: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> Rows:
     """Candidate rows: ``counts[g]`` of them for each sequence, all at ``positions[g]``, none written to pages."""
     where = np.repeat(positions, counts)
     offsets = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
-    return Rows(
-        sequences, token_ids, where, np.full(len(where), UNSLOTTED, np.int64), where.astype(np.int32), offsets
-    )
+    return Rows(sequences, token_ids, where, np.full(len(where), UNSLOTTED, np.int64), where.astype(np.int32), offsets)
 
 
 def pack(works: Seq[Work], warm: set[int], block_size: int) -> tuple[list[Work], Rows]:

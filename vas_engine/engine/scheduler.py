@@ -193,9 +193,7 @@ class Scheduler:
             return
         done = work.start + (1 if work.is_candidates else work.count)
         if done > len(sequence.token_ids):
-            raise RuntimeError(
-                f"{_name(sequence)}: append the winner, then call computed() on its candidates"
-            )
+            raise RuntimeError(f"{_name(sequence)}: append the winner, then call computed() on its candidates")
         sequence.num_computed = done
         if done // self.blocks.block_size > sequence.num_registered:
             self.blocks.register(sequence)

@@ -117,8 +117,7 @@ def layer_state(module: nn.Module) -> LayerState:
     found = getattr(module, _STATE, None)
     if found is None:
         raise VASError(
-            f"{type(module).__name__} uses attn_implementation={IMPLEMENTATION!r} "
-            "but was not loaded by CausalLM.load"
+            f"{type(module).__name__} uses attn_implementation={IMPLEMENTATION!r} but was not loaded by CausalLM.load"
         )
     return found
 
@@ -143,9 +142,7 @@ def attention_forward(
         return _dense(layer, state, query, key, value, dropout), None
     if state.mode == "probe":
         return _record(module, state, query, key, value, attention_mask, scaling, dropout, kwargs), None
-    raise VASError(
-        "a model loaded by CausalLM.load is run by its forward() or dense(), not by calling the module"
-    )
+    raise VASError("a model loaded by CausalLM.load is run by its forward() or dense(), not by calling the module")
 
 
 def _paged(

@@ -110,9 +110,7 @@ class CppLayer:
             plan = batch.cache["cpp"] = _plan(batch)
         rows, heads, dim = q.shape
         if rows != batch.positions.shape[0] or dim != self.shape[1]:
-            raise InvalidArgumentError(
-                "q", tuple(q.shape), f"needs [{batch.num_rows}, heads, {self.shape[1]}]"
-            )
+            raise InvalidArgumentError("q", tuple(q.shape), f"needs [{batch.num_rows}, heads, {self.shape[1]}]")
         q, q_row, q_head = _strided(q)
         key, k_row, k_head = self._own(k, rows)
         value, v_row, v_head = self._own(v, rows)
@@ -153,9 +151,7 @@ class CppLayer:
     def write_rows(self, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
         k, k_row, k_head = _strided(k.to(self.dtype))
         v, v_row, v_head = _strided(v.to(self.dtype))
-        self.pages.write(
-            k.data_ptr(), k_row, k_head, v.data_ptr(), v_row, v_head, rows.numpy(), slots.numpy()
-        )
+        self.pages.write(k.data_ptr(), k_row, k_head, v.data_ptr(), v_row, v_head, rows.numpy(), slots.numpy())
 
 
 def _strided(given: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -230,11 +226,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return "cpp" if can_cpp else "reference"
     if name == "cpp" and not can_cpp:
-        why = (
-            "build it with `python setup.py build_ext --inplace`"
-            if not has_extension()
-            else "it serves CPUs only"
-        )
+        why = "build it with `python setup.py build_ext --inplace`" if not has_extension() else "it serves CPUs only"
         raise InvalidArgumentError("attention_backend", name, f"{why}, or ask for 'reference'")
     return name
 

@@ -90,9 +90,7 @@ class AttentionBatch:
             each = [flags] * len(group) if isinstance(flags, bool) else flags
             for position, has_slot in zip(group, each, strict=True):
                 places.append(position)
-                slots.append(
-                    table[position // block_size] * block_size + position % block_size if has_slot else -1
-                )
+                slots.append(table[position // block_size] * block_size + position % block_size if has_slot else -1)
             offsets.append(len(places))
         return cls.build(tables, offsets, places, slots, device)
 
@@ -105,9 +103,7 @@ class AttentionBatch:
                     name, tuple(getattr(self, name).shape), f"one entry a row is needed: [{rows}]"
                 )
         if self.block_tables.dim() != 2:
-            raise InvalidArgumentError(
-                "block_tables", tuple(self.block_tables.shape), "needs [groups, blocks]"
-            )
+            raise InvalidArgumentError("block_tables", tuple(self.block_tables.shape), "needs [groups, blocks]")
         if self.group_offsets.shape != (self.block_tables.shape[0] + 1,):
             raise InvalidArgumentError(
                 "group_offsets",

@@ -48,9 +48,7 @@ class KVCache:
         shapes = [(num_blocks, block_size, layer.kv_heads, layer.head_dim) for layer in self.layers]
         self.keys = [torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes]
-        self.pages: list[PagedLayer] = [
-            make_layer(k, v, backend) for k, v in zip(self.keys, self.values, strict=True)
-        ]
+        self.pages: list[PagedLayer] = [make_layer(k, v, backend) for k, v in zip(self.keys, self.values, strict=True)]
 
     @staticmethod
     def bytes_per_block(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
@@ -95,9 +93,7 @@ class KVCache:
     def copy_blocks(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copies whole blocks, all layers; ``source[i]`` to ``target[i]``."""
         if len(source) != len(target):
-            raise InvalidArgumentError(
-                "target", list(target), f"needs {len(source)} blocks, as many as source"
-            )
+            raise InvalidArgumentError("target", list(target), f"needs {len(source)} blocks, as many as source")
         if not source:
             return
         origin = torch.tensor(list(source), dtype=torch.int64, device=self.device)

@@ -196,9 +196,7 @@ class CausalLM:
 
     def allocate(self, num_blocks: int, block_size: int) -> KVCache:
         """Makes the pages (and drops those there were)."""
-        self.cache = KVCache(
-            self.layer_shapes, num_blocks, block_size, self.dtype, self.device, self.attention_backend
-        )
+        self.cache = KVCache(self.layer_shapes, num_blocks, block_size, self.dtype, self.device, self.attention_backend)
         self._state.pages = self.cache.pages
         self._state.scratch = {}
         return self.cache
@@ -252,9 +250,7 @@ class CausalLM:
         backbone is made to answer with the given states.
         """
         if not self.head:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no language-model head, so no logits"
-            )
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no language-model head, so no logits")
         self._given = last_hidden[None]
         try:
             places = torch.zeros(1, len(last_hidden), dtype=torch.long, device=last_hidden.device)
@@ -342,9 +338,7 @@ class CausalLM:
             self.backbone(input_ids=token_ids, position_ids=positions, use_cache=False)
             return None
         if not self.head:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} has no language-model head, so no logits"
-            )
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no language-model head, so no logits")
         options: dict[str, Any] = {"logits_to_keep": logit_rows} if self._slices_logits else {}
         output = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, **options)
         return output.logits if self._slices_logits else output.logits[:, logit_rows]

@@ -73,9 +73,7 @@ def load_model(
     else:
         config = _read_config(model, revision)
         kind = resolve_dtype(dtype, config)
-        loaded = (
-            _random(config, place, kind) if load_format == "dummy" else _read(model, place, kind, revision)
-        )
+        loaded = _random(config, place, kind) if load_format == "dummy" else _read(model, place, kind, revision)
     loaded.eval()
     loaded.requires_grad_(False)
     return loaded
@@ -94,8 +92,7 @@ def _adopt(
         raise UnsupportedModelError(f"{type(model).__name__}: {error}") from error
     if model.config._attn_implementation != IMPLEMENTATION:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not go through transformers' AttentionInterface; "
-            "use a model that does"
+            f"{type(model).__name__} does not go through transformers' AttentionInterface; use a model that does"
         )
     return model
 
@@ -108,18 +105,14 @@ def _read_config(model: str | Path, revision: str | None) -> PretrainedConfig:
         raise InvalidArgumentError("model", str(model), fix) from error
 
 
-def _read(
-    model: str | Path, place: torch.device, dtype: torch.dtype, revision: str | None
-) -> PreTrainedModel:
+def _read(model: str | Path, place: torch.device, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, **options
         )
     except OSError as error:
-        raise InvalidArgumentError(
-            "model", str(model), f"no readable safetensors weights ({error})"
-        ) from error
+        raise InvalidArgumentError("model", str(model), f"no readable safetensors weights ({error})") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{model}: {error}") from error
     return loaded.to(place)

@@ -45,9 +45,7 @@ def probe(model: PreTrainedModel, state: AttentionState, max_position: int) -> l
 
 
 @torch.inference_mode()
-def _run(
-    model: PreTrainedModel, state: AttentionState, ids: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def _run(model: PreTrainedModel, state: AttentionState, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Hidden states after the final norm, [1, R, H]."""
     state.probed = []
     with state.running("probe"):
@@ -63,14 +61,11 @@ def check_config(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name}: cross attention is not supported; use a decoder-only model")
     if getattr(config, "reorder_and_upcast_attn", False):
         raise UnsupportedModelError(
-            f"{name}: reorder_and_upcast_attn goes round the attention interface; "
-            "set it to False in the config"
+            f"{name}: reorder_and_upcast_attn goes round the attention interface; set it to False in the config"
         )
     odd = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
     if odd:
-        raise UnsupportedModelError(
-            f"{name}: layers of type {sorted(odd)} are not supported, only attention is"
-        )
+        raise UnsupportedModelError(f"{name}: layers of type {sorted(odd)} are not supported, only attention is")
     if getattr(config, "attention_chunk_size", None):
         raise UnsupportedModelError(f"{name}: attention_chunk_size (chunked attention) is not supported")
     for rope_type in _rope_types(getattr(config, "rope_parameters", None)):
@@ -116,7 +111,8 @@ def _check_rows_apart(model: PreTrainedModel, alone: torch.Tensor, packed: torch
     if not distance <= allowed:
         raise UnsupportedModelError(
             f"{type(model).__name__}: tokens reach one another outside of the attention function "
-            f"(relative distance {distance:.1e}); such layers (convolution, state space, token shift) are not supported"
+            f"(relative distance {distance:.1e}); such layers "
+            "(convolution, state space, token shift) are not supported"
         )
 
 

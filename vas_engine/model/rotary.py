@@ -59,9 +59,7 @@ class Rotary:
             return "unknown"
         return "rotary" if _near(turned, later) else "unknown"
 
-    def _tables(
-        self, like: torch.Tensor, positions: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self, like: torch.Tensor, positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.module is not None
         kind = self.layer_types[layer]
         options = {"layer_type": kind} if kind is not None else {}

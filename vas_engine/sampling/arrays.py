@@ -101,9 +101,7 @@ class SamplingArrays:
         """
         for name in settings:
             if name not in _DEFAULTS:
-                raise InvalidArgumentError(
-                    name, settings[name], f"unknown setting; {nearest(name, _DEFAULTS)}"
-                )
+                raise InvalidArgumentError(name, settings[name], f"unknown setting; {nearest(name, _DEFAULTS)}")
         columns = {
             name: _column(name, settings.get(name, default), count, dtype)
             for name, (dtype, default) in _DEFAULTS.items()
@@ -120,13 +118,9 @@ class SamplingArrays:
         self._check_ranges()
         for name in ("history", "bias"):
             ids = getattr(self, f"{name}_ids")
-            _require(
-                f"{name}_ids", ids, (ids >= 0) & (ids < vocab_size), f"token ids lie in [0, {vocab_size})"
-            )
+            _require(f"{name}_ids", ids, (ids >= 0) & (ids < vocab_size), f"token ids lie in [0, {vocab_size})")
         _require("history_counts", self.history_counts, self.history_counts >= 0, "counts are 0 or more")
-        _require(
-            "bias_values", self.bias_values, self.bias_values < np.inf, "use finite values, or -inf to ban"
-        )
+        _require("bias_values", self.bias_values, self.bias_values < np.inf, "use finite values, or -inf to ban")
 
     def _check_layout(self) -> None:
         dtypes = {name: dtype for name, (dtype, _) in _DEFAULTS.items()} | _RAGGED
@@ -140,15 +134,11 @@ class SamplingArrays:
             array = getattr(self, field.name)
             if not isinstance(array, np.ndarray) or array.dtype != dtypes[field.name] or array.ndim != 1:
                 wanted = np.dtype(dtypes[field.name]).name
-                raise InvalidArgumentError(
-                    field.name, getattr(array, "dtype", array), f"a {wanted} vector is needed"
-                )
+                raise InvalidArgumentError(field.name, getattr(array, "dtype", array), f"a {wanted} vector is needed")
             if not array.flags.c_contiguous:
                 raise InvalidArgumentError(field.name, array.strides, "a contiguous vector is needed")
             if len(array) != lengths.get(field.name, len(array)):
-                raise InvalidArgumentError(
-                    field.name, len(array), f"{lengths[field.name]} entries are needed"
-                )
+                raise InvalidArgumentError(field.name, len(array), f"{lengths[field.name]} entries are needed")
         for name in ("history", "bias"):
             offsets, ids = getattr(self, f"{name}_offsets"), getattr(self, f"{name}_ids")
             if offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
@@ -162,9 +152,7 @@ class SamplingArrays:
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             _require(name, value, (value >= 0) & (value <= 1), "use a number in [0, 1]")
-        _require(
-            "repetition_penalty", penalty, (penalty > 0) & (penalty < np.inf), "use a positive finite number"
-        )
+        _require("repetition_penalty", penalty, (penalty > 0) & (penalty < np.inf), "use a positive finite number")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(name, getattr(self, name), np.isfinite(getattr(self, name)), "use a finite number")
         _require("position", self.position, self.position >= 0, "positions count from 0")

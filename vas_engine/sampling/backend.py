@@ -26,9 +26,7 @@ def extension() -> ModuleType:
         InvalidArgumentError: it is not built.
     """
     if not available():
-        raise InvalidArgumentError(
-            "backend", "cpp", "the extension is not built; reinstall it or use 'reference'"
-        )
+        raise InvalidArgumentError("backend", "cpp", "the extension is not built; reinstall it or use 'reference'")
     return _extension
 
 

@@ -50,9 +50,7 @@ class Selection:
         return np.arange(self.token_ids.shape[1]) < self.count[:, None]
 
 
-def select(
-    logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backend: str = "auto"
-) -> Selection:
+def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backend: str = "auto") -> Selection:
     """Candidates and tail champion of every sequence, in the order of operations of `kernels.reference`.
 
     Args:
@@ -97,9 +95,7 @@ def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) 
         np.empty(count, np.bool_),
     )
     try:
-        extension().select(
-            words.data_ptr(), _CODES[logits.dtype], *logits.shape, logits.stride(0), rows, arrays, out
-        )
+        extension().select(words.data_ptr(), _CODES[logits.dtype], *logits.shape, logits.stride(0), rows, arrays, out)
     except ValueError:
         # The extension only says that something is wrong: the checks in Python name it.
         _check(logits, rows, arrays)
@@ -108,22 +104,13 @@ def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) 
 
 
 def _check(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> None:
-    if (
-        not isinstance(rows, np.ndarray)
-        or rows.dtype != np.int64
-        or rows.ndim != 1
-        or not rows.flags.c_contiguous
-    ):
-        raise InvalidArgumentError(
-            "rows", getattr(rows, "dtype", rows), "a contiguous int64 vector is needed"
-        )
+    if not isinstance(rows, np.ndarray) or rows.dtype != np.int64 or rows.ndim != 1 or not rows.flags.c_contiguous:
+        raise InvalidArgumentError("rows", getattr(rows, "dtype", rows), "a contiguous int64 vector is needed")
     if len(rows) != len(arrays):
         raise InvalidArgumentError("rows", len(rows), f"give one row for each of {len(arrays)} sequences")
     wrong = (rows < 0) | (rows >= logits.shape[0])
     if wrong.any():
         raise InvalidArgumentError("rows", int(rows[wrong][0]), f"logits have {logits.shape[0]} rows")
     if not 0 < logits.shape[1] < 2**31:
-        raise InvalidArgumentError(
-            "logits", tuple(logits.shape), "the vocabulary must have 1 to 2^31 - 1 tokens"
-        )
+        raise InvalidArgumentError("logits", tuple(logits.shape), "the vocabulary must have 1 to 2^31 - 1 tokens")
     arrays.validate(logits.shape[1])

@@ -44,9 +44,7 @@ def value_tilt(
         given = baselines.shape, limits.shape
         raise InvalidArgumentError("baselines", given, "baselines and limits are [S, M], M that of utilities")
     if not (limits >= 0).all():
-        raise InvalidArgumentError(
-            "limits", limits[~(limits >= 0)][0].item(), "use 0 or more; inf is no limit"
-        )
+        raise InvalidArgumentError("limits", limits[~(limits >= 0)][0].item(), "use 0 or more; inf is no limit")
     if len(row_sequence) and not 0 <= row_sequence.min() <= row_sequence.max() < len(baselines):
         given = row_sequence.min(), row_sequence.max()
         raise InvalidArgumentError("row_sequence", given, f"there are {len(baselines)} sequences")

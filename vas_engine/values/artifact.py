@@ -100,9 +100,7 @@ def load_value(
         return load_foreign(folder, values or {}, lm, as_=as_, label=label, tokenizer=tokenizer)
     if as_ != "auto" or label is not None:
         name, value = ("label", label) if label is not None else ("as_", as_)
-        raise InvalidArgumentError(
-            name, value, "leave it out: it is for checkpoints, and this is a value folder"
-        )
+        raise InvalidArgumentError(name, value, "leave it out: it is for checkpoints, and this is a value folder")
     return _load_own(folder, dict(values), lm, tokenizer)
 
 
@@ -120,26 +118,21 @@ def read_config(folder: str | Path) -> ValueConfig:
     return ValueConfig.from_dict(values)
 
 
-def _load_own(
-    folder: Path, values: dict[str, Any], lm: CausalLM, tokenizer: Any | None
-) -> ValueNetwork | ValueModel:
+def _load_own(folder: Path, values: dict[str, Any], lm: CausalLM, tokenizer: Any | None) -> ValueNetwork | ValueModel:
     digest = values.pop("sha256", None)
     config = ValueConfig.from_dict(values)
     check_base(config, lm, tokenizer)
     tensors = read_tensors(folder / WEIGHTS_FILE)
     if digest is not None and digest != _digest(folder / WEIGHTS_FILE):
         raise ValueArtifactError(
-            f"{folder / WEIGHTS_FILE}: not the file that {CONFIG_FILE} was written with (sha256 differs); "
-            f"save it again"
+            f"{folder / WEIGHTS_FILE}: not the file that {CONFIG_FILE} was written with (sha256 differs); save it again"
         )
     network: ValueNetwork | ValueModel
     if config.kind == "model":
         backbone = load_backbone(folder / BACKBONE_FOLDER, lm)
         wanted = config.backbone.get("weights")
         if wanted is not None and weights_hash(backbone.backbone) != wanted:
-            raise ValueArtifactError(
-                f"{folder / BACKBONE_FOLDER}: not the backbone these heads were saved with"
-            )
+            raise ValueArtifactError(f"{folder / BACKBONE_FOLDER}: not the backbone these heads were saved with")
         network = ValueModel(config, backbone)
         fill(network.heads, tensors, "heads.", folder)
     else:

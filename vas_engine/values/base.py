@@ -71,13 +71,11 @@ def _check_layers(config: ValueConfig, lm: CausalLM) -> None:
         spec = lm.layers[index]
         if spec.head_dim != config.head_dim:
             raise ValueArtifactError(
-                f"head_dim={config.head_dim}: base layer {index} has heads of {spec.head_dim}; a reader's "
-                f"must match"
+                f"head_dim={config.head_dim}: base layer {index} has heads of {spec.head_dim}; a reader's must match"
             )
         if config.queries % spec.kv_heads:
             raise ValueArtifactError(
-                f"queries={config.queries}: use a multiple of the {spec.kv_heads} K/V heads of base layer "
-                f"{index}"
+                f"queries={config.queries}: use a multiple of the {spec.kv_heads} K/V heads of base layer {index}"
             )
         # Refuses a layer whose rotation is not known, now and not in the middle of a request.
         lm.rotate(

@@ -212,8 +212,7 @@ class ValueConfig:
         version = values.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ValueArtifactError(
-                f"format_version={version!r}: this release reads {FORMAT_VERSION}; save the value again "
-                f"with it"
+                f"format_version={version!r}: this release reads {FORMAT_VERSION}; save the value again with it"
             )
         heads = values.get("heads")
         if not isinstance(heads, (list, tuple)):
@@ -262,9 +261,7 @@ def _check_common(config: ValueConfig) -> None:
         if not isinstance(getattr(config, name), bool):
             raise InvalidArgumentError(name, getattr(config, name), "use true or false")
     if config.activation not in ACTIVATIONS:
-        raise InvalidArgumentError(
-            "activation", config.activation, nearest(str(config.activation), ACTIVATIONS)
-        )
+        raise InvalidArgumentError("activation", config.activation, nearest(str(config.activation), ACTIVATIONS))
 
 
 def _check_model(config: ValueConfig) -> None:
@@ -297,8 +294,7 @@ def _check_network(config: ValueConfig) -> None:
         raise InvalidArgumentError(
             "layers",
             config.layers,
-            f"kind {config.kind!r} does not read the base's K/V; use kind 'reader' or drop layers and "
-            f"queries",
+            f"kind {config.kind!r} does not read the base's K/V; use kind 'reader' or drop layers and queries",
         )
     if preset.own_kv:
         _check_side(config)
@@ -314,13 +310,9 @@ def _check_side(config: ValueConfig) -> None:
     for name in ("depth", "num_heads", "kv_heads", "head_dim"):
         _integer(name, getattr(config, name), 1)
     if config.num_heads % config.kv_heads:
-        raise InvalidArgumentError(
-            "num_heads", config.num_heads, f"use a multiple of kv_heads={config.kv_heads}"
-        )
+        raise InvalidArgumentError("num_heads", config.num_heads, f"use a multiple of kv_heads={config.kv_heads}")
     if config.head_dim % 2:
-        raise InvalidArgumentError(
-            "head_dim", config.head_dim, "use an even size: rotary positions turn pairs"
-        )
+        raise InvalidArgumentError("head_dim", config.head_dim, "use an even size: rotary positions turn pairs")
 
 
 def _finite(value: object) -> bool:

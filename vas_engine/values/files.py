@@ -31,9 +31,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueArtifactError(
-            f"{path}: not readable as safetensors ({error}); save or download it again"
-        ) from error
+        raise ValueArtifactError(f"{path}: not readable as safetensors ({error}); save or download it again") from error
 
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: Path) -> None:
@@ -45,16 +43,12 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], prefix: str, wh
     wanted = module.state_dict(prefix=prefix)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        raise ValueArtifactError(
-            f"{where}: tensors missing: {missing}, not known: {extra}; config and weights differ"
-        )
+        raise ValueArtifactError(f"{where}: tensors missing: {missing}, not known: {extra}; config and weights differ")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise ValueArtifactError(
                 f"{where}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueArtifactError(
-                f"{where}: {name} has entries that are not finite; train or download it again"
-            )
+            raise ValueArtifactError(f"{where}: {name} has entries that are not finite; train or download it again")
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})

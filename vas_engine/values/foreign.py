@@ -69,9 +69,7 @@ class Checkpoint:
                 with safe_open(path, "pt") as file:
                     checkpoint.files.update(dict.fromkeys(file.keys(), path))
             except (SafetensorError, OSError) as error:
-                raise ValueArtifactError(
-                    f"{path}: not readable as safetensors ({error}); download it again"
-                ) from error
+                raise ValueArtifactError(f"{path}: not readable as safetensors ({error}); download it again") from error
         return checkpoint
 
     def read(self, name: str) -> Tensor:
@@ -112,9 +110,7 @@ def read_head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ForeignHead:
     found: list[ForeignHead] = []
     prefix = config.get("value_head_prefix")
     candidates = (
-        [prefix]
-        if isinstance(prefix, str)
-        else ["v_head.summary", "v_head", "value_head", "score", "classifier"]
+        [prefix] if isinstance(prefix, str) else ["v_head.summary", "v_head", "value_head", "score", "classifier"]
     )
     for base in candidates:
         head = _two_layers(checkpoint, base) or _one_layer(checkpoint, base)
@@ -127,8 +123,7 @@ def read_head(checkpoint: Checkpoint, config: Mapping[str, Any]) -> ForeignHead:
         )
     if len(found) > 1:
         raise ValueArtifactError(
-            f"{checkpoint.folder}: several heads ({', '.join(head.layout for head in found)}); keep the "
-            f"tensors of one"
+            f"{checkpoint.folder}: several heads ({', '.join(head.layout for head in found)}); keep the tensors of one"
         )
     return found[0]
 
@@ -163,9 +158,7 @@ def _one_layer(checkpoint: Checkpoint, base: str) -> ForeignHead | None:
     layout = base
     if base in ("score", "classifier"):
         layout = "sequence classification" if bias is None else "token classification"
-    return ForeignHead(
-        layout, weight, _or_zeros(bias, weight), {weight_name} | ({bias_name} if bias_name else set())
-    )
+    return ForeignHead(layout, weight, _or_zeros(bias, weight), {weight_name} | ({bias_name} if bias_name else set()))
 
 
 def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
@@ -223,14 +216,10 @@ def load_foreign(
 
 def _choose_label(head: ForeignHead, label: int | str | None, config: Mapping[str, Any]) -> int:
     count = head.weight.shape[0]
-    names = {
-        str(name): int(index) for index, name in (config.get("id2label") or {}).items() if int(index) < count
-    }
+    names = {str(name): int(index) for index, name in (config.get("id2label") or {}).items() if int(index) < count}
     if label is None:
         if count > 1:
-            options = ", ".join(
-                f"{index} ({name})" for name, index in sorted(names.items(), key=lambda item: item[1])
-            )
+            options = ", ".join(f"{index} ({name})" for name, index in sorted(names.items(), key=lambda item: item[1]))
             options = options or f"0 to {count - 1}"
             fix = f"this head has {count} outputs; choose one by index or name: {options}"
             raise InvalidArgumentError("label", None, fix)

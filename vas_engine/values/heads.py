@@ -60,9 +60,7 @@ class Heads(nn.Module):
             start += head.outputs
         for index, head in enumerate(self.configs):
             if head.support is not None:
-                atoms = torch.linspace(
-                    head.support.min, head.support.max, head.support.bins, dtype=torch.float64
-                )
+                atoms = torch.linspace(head.support.min, head.support.max, head.support.bins, dtype=torch.float64)
                 self.register_buffer(f"atoms_{index}", atoms.float(), persistent=False)
 
     @property
@@ -156,8 +154,7 @@ class Heads(nn.Module):
                     raise InvalidArgumentError(
                         "tilt",
                         "optimal",
-                        f"head {self.configs[index].name!r} is scalar; use tilt='mean' or a distributional "
-                        f"head",
+                        f"head {self.configs[index].name!r} is scalar; use tilt='mean' or a distributional head",
                     )
                 continue
             log_p = torch.log_softmax(output[..., part], -1)

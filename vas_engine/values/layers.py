@@ -136,9 +136,7 @@ class DenseAttention:
     what precedes it.
     """
 
-    def __init__(
-        self, lm: CausalLM, dense: DenseOutput, batch: int, length: int, device: torch.device
-    ) -> None:
+    def __init__(self, lm: CausalLM, dense: DenseOutput, batch: int, length: int, device: torch.device) -> None:
         self.lm, self.dense = lm, dense
         self.size = (batch, length)
         self.positions = torch.arange(length, device=device).repeat(batch)

@@ -135,9 +135,7 @@ class ValueNetwork(nn.Module):
         """Head output of rows; see ``Scorer.score``."""
         lm = self._bound()
         if hidden is None or hidden_index is None:
-            raise InvalidArgumentError(
-                "hidden", hidden, f"a network of input {self.input!r} needs hidden states"
-            )
+            raise InvalidArgumentError("hidden", hidden, f"a network of input {self.input!r} needs hidden states")
         # Projected once per distinct state; the rows only gather.
         x = self._project(hidden.unflatten(-1, (-1, self.config.hidden_size))).index_select(0, hidden_index)
         if self.embed_weight is not None:

@@ -42,16 +42,12 @@ def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueArtifactError(
-            f"{folder}: no readable Hugging Face model in safetensors ({error})"
-        ) from error
+        raise ValueArtifactError(f"{folder}: no readable Hugging Face model in safetensors ({error})") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueArtifactError(
-            f"{folder}: weights are missing: {missing[:5]}; download or save the whole model"
-        )
+        raise ValueArtifactError(f"{folder}: weights are missing: {missing[:5]}; download or save the whole model")
     return CausalLM.load(model, device=lm.device, dtype=lm.dtype, attention_backend=lm.attention_backend)
 
 
