@@ -37,6 +37,11 @@ def initialise(linear: nn.Linear, gain: float = 1.0) -> nn.Linear:
     return linear
 
 
+def project(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in its own dtype, whatever the dtype of x; the result keeps it."""
+    return linear(x.to(linear.weight.dtype))
+
+
 class Heads(nn.Module):
     """All heads of one network: a norm, a hidden layer they share, one linear output.
 
@@ -92,8 +97,8 @@ class Heads(nn.Module):
         if self.norm:
             x = rms_norm(x)
         if self.hidden is not None:
-            x = self.activation(self.hidden(x.to(self.hidden.weight.dtype)))
-        return self.output(x.to(self.output.weight.dtype)).float()
+            x = self.activation(project(self.hidden, x))
+        return project(self.output, x).float()
 
     def atoms(self, index: int) -> Tensor:
         """Atoms of a distributional head, float32 [bins]."""

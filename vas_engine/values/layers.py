@@ -1,5 +1,6 @@
-"""Layers of a value network. What they attend to is handed in: pages while serving, whole sequences
-while training.
+"""Layers of a value network. What they attend to is handed in: pages while serving, whole sequences while training.
+
+The stream from layer to layer is float32; products are computed in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.cache import KVCache
 from vas_engine.model.lm import CausalLM, DenseOutput
 from vas_engine.values.config import ValueConfig
-from vas_engine.values.heads import ACTIVATION_FUNCTIONS, initialise, rms_norm
+from vas_engine.values.heads import ACTIVATION_FUNCTIONS, initialise, project, rms_norm
 
 ROTARY_THETA = 10000.0
 
@@ -48,7 +49,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, width] -> [R, width]."""
-        return torch.addmm(x, self.activation(self.up(rms_norm(x))), self.down.weight.t())
+        return x + project(self.down, self.activation(project(self.up, rms_norm(x))))
 
 
 class ReaderLayer(nn.Module):
@@ -65,8 +66,8 @@ class ReaderLayer(nn.Module):
 
     def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
         """[R, width] -> [R, width]."""
-        seen = attention.read(self.layer, self.query(rms_norm(x)).unflatten(-1, self.shape))
-        x = torch.addmm(x, seen.flatten(1), self.output.weight.t())
+        seen = attention.read(self.layer, project(self.query, rms_norm(x)).unflatten(-1, self.shape))
+        x = x + project(self.output, seen.flatten(1))
         return x if self.mlp is None else self.mlp(x)
 
 
@@ -86,11 +87,11 @@ class SideLayer(nn.Module):
     def forward(self, x: Tensor, attention: Attention, rotary: Rotary | None) -> Tensor:
         """[R, width] -> [R, width]."""
         assert rotary is not None
-        both = self.qkv(rms_norm(x)).unflatten(-1, (-1, self.head_dim))
+        both = project(self.qkv, rms_norm(x)).unflatten(-1, (-1, self.head_dim))
         turned = rotary.turn(both[:, : self.num_heads + self.kv_heads])
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         seen = attention.own(self.index, q, k, both[:, self.num_heads + self.kv_heads :])
-        x = torch.addmm(x, seen.flatten(1), self.output.weight.t())
+        x = x + project(self.output, seen.flatten(1))
         return x if self.mlp is None else self.mlp(x)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,16 @@ if TYPE_CHECKING:
     from vas_engine.model.lm import CausalLM
 
 TABLE_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class _Served:
+    """Weights in the dtype of inference. Not a module: they must show in no state dict."""
+
+    version: tuple
+    layers: nn.ModuleList
+    heads: Heads
+    state_weight: Tensor | None
 
 
 class ValueNetwork(nn.Module):
@@ -54,6 +66,7 @@ class ValueNetwork(nn.Module):
         self.cache: KVCache | None = None
         self._table: Tensor | None = None
         self._table_of: tuple[int, int] | None = None
+        self._served: _Served | None = None
         self._scratch: list[tuple[Tensor, Tensor]] = []
 
     # -- what it is
@@ -136,15 +149,17 @@ class ValueNetwork(nn.Module):
         lm = self._bound()
         if hidden is None or hidden_index is None:
             raise InvalidArgumentError("hidden", hidden, f"a network of input {self.input!r} needs hidden states")
+        served = self._serving()
         # Projected once per distinct state; the rows only gather.
-        x = self._project(hidden.unflatten(-1, (-1, self.config.hidden_size))).index_select(0, hidden_index)
+        states = hidden.unflatten(-1, (-1, self.config.hidden_size))
+        x = self._project(states, served.state_weight).index_select(0, hidden_index)
         if self.embed_weight is not None:
             x += self._embeddings().index_select(0, token_ids)
         if self.layers:
             attention = PagedAttention(lm, self._own_pages(), batch)
-            x = self._run(x, attention)
+            x = self._run(x, attention, served.layers)
             self._scratch = attention.scratch
-        return self.heads(x if rows is None else x.index_select(0, rows))
+        return served.heads(x if rows is None else x.index_select(0, rows))
 
     def commit(self, rows: Tensor, slots: Tensor) -> None:
         """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n])."""
@@ -175,23 +190,41 @@ class ValueNetwork(nn.Module):
             self._table_of = version
         return self._table
 
+    def _serving(self) -> _Served:
+        """The weights that rows are computed with: in the base model's dtype, made again when they have changed.
+
+        With a bfloat16 base the states read have eight bits of precision, and products in float32 would cost about
+        four times as much for nothing. What adds up stays float32: the stream between layers and the outputs.
+        """
+        dtype = self._bound().dtype
+        if dtype == torch.float32:
+            return _Served((), self.layers, self.heads, self.state_weight)
+        version = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if self._served is None or self._served.version != version:
+            heads = copy.deepcopy(self.heads)
+            if heads.hidden is not None:
+                heads.hidden.to(dtype)
+            weight = None if self.state_weight is None else self.state_weight.to(dtype)
+            self._served = _Served(version, copy.deepcopy(self.layers).to(dtype), heads, weight)
+        return self._served
+
     # -- what inference and training share
 
     def _embed(self, lm: CausalLM, token_ids: Tensor) -> Tensor:
         embedded = lm.embed(token_ids).float()
         return rms_norm(embedded) if self.config.state_norm else embedded
 
-    def _project(self, states: Tensor) -> Tensor:
-        """[..., S, H] -> [..., width]; zeros stay zeros."""
+    def _project(self, states: Tensor, weight: Tensor | None) -> Tensor:
+        """[..., S, H] -> [..., width] float32; zeros stay zeros."""
         states = states.float()
         if self.config.state_norm:
             states = rms_norm(states)
         states = states.flatten(-2)
-        return states if self.state_weight is None else F.linear(states, self.state_weight)
+        return states if weight is None else F.linear(states.to(weight.dtype), weight).float()
 
-    def _run(self, x: Tensor, attention: Attention) -> Tensor:
+    def _run(self, x: Tensor, attention: Attention, layers: nn.ModuleList) -> Tensor:
         rotary = Rotary(attention.positions, self.config.head_dim) if self.config.depth else None
-        for layer in self.layers:
+        for layer in layers:
             x = layer(x, attention, rotary)
         return x
 
@@ -214,7 +247,7 @@ class ValueNetwork(nn.Module):
             dense = lm.dense(tokens, lengths, states=self.states, kv_layers=self.config.layers)
             states = torch.stack([dense.hidden[index] for index in self.states], 2)
             embedded = self._embed(lm, tokens) if self.embed_weight is not None else None
-        x = self._project(states)
+        x = self._project(states, self.state_weight)
         if embedded is not None:
             # The state before the first token is the empty prefix: zeros, which the projection keeps.
             assert self.embed_weight is not None
@@ -222,7 +255,7 @@ class ValueNetwork(nn.Module):
         if self.layers:
             batch, length = tokens.shape
             attention = DenseAttention(lm, dense, batch, length, tokens.device)
-            x = self._run(x.flatten(0, 1), attention).unflatten(0, (batch, length))
+            x = self._run(x.flatten(0, 1), attention, self.layers).unflatten(0, (batch, length))
         return self.heads(x)
 
 
