@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character (yet)
@@ -37,7 +37,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        self._decode_ids = tokenizer.decode
+        self._decode_ids = _decoder(tokenizer)
         self._skipped = frozenset(tokenizer.all_special_ids) if skip_special_tokens else frozenset()
         tail = [token for token in prompt_ids[-4 * CONTEXT_TOKENS :] if token not in self._skipped]
         self._window, self._read = self._split(tail[-CONTEXT_TOKENS - MAX_INCOMPLETE :])
@@ -84,11 +84,13 @@ class Detokenizer:
         """Makes the pending tokens the context of those to come."""
         if not inside_character:
             recent = self._window[self._read :]
+            text = self._decode(recent)
             # Without a visible character the decoder may strip it all, and then it says nothing as context.
-            if self._decode(recent).strip() or len(self._window) > MAX_PENDING:
-                self._window = recent
+            if text.strip() or len(self._window) > MAX_PENDING:
+                self._window, self._context = recent, text
+            else:
+                self._context = self._decode(self._window)
             self._read, self._emitted = len(self._window), 0
-            self._context = self._decode(self._window)
             return
         # No clean border to cut at: forget older tokens, and count what the younger ones have printed.
         self._window = self._window[-MAX_PENDING // 2 :]
@@ -96,7 +98,15 @@ class Detokenizer:
         self._emitted = len(without_incomplete(self._decode(self._window)))
 
     def _decode(self, ids: list[int]) -> str:
-        return self._decode_ids(ids, clean_up_tokenization_spaces=False) if ids else ""
+        return self._decode_ids(ids) if ids else ""
+
+
+def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+    """The tokenizer's plain decoding; straight from its backend where it has one, several times faster a call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return lambda ids: backend.decode(ids, skip_special_tokens=False)
+    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def without_incomplete(text: str) -> str:
