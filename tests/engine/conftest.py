@@ -50,6 +50,8 @@ def network(kind: str, lm: CausalLM, heads: tuple[HeadConfig, ...] | None = None
         made = ValueNetwork(default_config(kind, lm, heads)).bind(lm)
     with torch.no_grad():
         made.heads.output.weight.mul_(12.0)
+        if isinstance(made, ValueNetwork):
+            made.place_weight.normal_(std=0.2)
     return made.eval()
 
 

@@ -84,7 +84,9 @@ def naive_outputs(network, lm, eager, tokens: list[int]) -> torch.Tensor:
         x = network.state_weight @ torch.cat([norm(s) for s in states])
         if config.input == "action":
             x = x + network.embed_weight @ norm(embedded[p])
-        rows.append(x)
+        turns = [2 * math.pi * p / 2**k for k in range(4, 14)]
+        place = [*map(math.sin, turns), *map(math.cos, turns), math.log1p(p) / 8]
+        rows.append(x + network.place_weight @ torch.tensor(place))
     for layer in network.layers:
         rows = (naive_reader if config.kind == "reader" else naive_side)(config, layer, lm, out.past_key_values, rows)
     heads = network.heads

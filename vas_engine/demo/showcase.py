@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vas_engine import LLM, SamplingParams
 from vas_engine.demo import model_path
 from vas_engine.demo.corpus import OPENINGS
@@ -26,6 +28,10 @@ from vas_engine.training.rollouts import Rollouts
 from vas_engine.values.artifact import save_value
 
 Say = Callable[[str], None]
+
+ONE_THREAD = 5_000_000
+"""Parameters under which torch gets one thread: a second one gains little on products this small, and on a machine
+with other work each of them would wait for it."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
     say("1/5  Loading the frozen model")
     llm = LLM(model, max_num_seqs=256, max_num_batched_tokens=8192)
     say(f"     {result.model}: {llm.lm.num_parameters:,} parameters; nothing below changes a single one")
+
+    if llm.lm.num_parameters < ONE_THREAD:
+        torch.set_num_threads(1)
 
     say(f"2/5  Sampling {len(config.prompts) * config.samples:,} texts from it, to learn values from")
     settings = CollectConfig(config.samples, config.max_tokens, config.seed)

@@ -3,14 +3,20 @@
 One function is registered with transformers under :data:`IMPLEMENTATION`. No mask is built for it: a name
 that the mask interface does not know skips that work, and the rows' batch says what each row sees. Its
 state hangs on the attention modules, so any number of models can be loaded side by side.
+
+Compiled code calls the same paged attention as an operator, ``vas_engine::paged_attention``, that the compiler
+does not look into. Only numbers reach an operator: it finds the state by the handle that comes along, a tensor,
+so that no model's own number is written into the code and models of one shape share what is compiled.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +47,10 @@ _HARMLESS = frozenset(
 )
 
 
+_numbers = itertools.count()
+_states: WeakValueDictionary[int, AttentionState] = WeakValueDictionary()
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """Attention of one layer, as its module calls it."""
@@ -69,9 +79,10 @@ class AttentionState:
     """State of one loaded model, shared by its attention modules.
 
     Attributes:
-        mode: "off", "probe" (records), "paged" (rows of a batch over pages) or "dense" (whole sequences,
-            causal).
-        batch: the rows of the running forward, mode "paged".
+        mode: "off", "probe" (records), "paged" (rows of a batch over pages), "compiled" (the same, by the
+            operator) or "dense" (whole sequences, causal).
+        batch: the rows of the running forward, modes "paged" and "compiled"; None while code is compiled.
+        layers: index -> what that attention module knows, once the probe has found them.
         scratch: keys and values [R, KVH, D] per layer of the last forward that had unslotted rows.
         kept: layer -> (keys, values) [B, KVH, T, D] of a dense forward, for the layers in ``keep``.
     """
@@ -84,6 +95,10 @@ class AttentionState:
         self.keep: frozenset[int] = frozenset()
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.probed: list[Probed] = []
+        self.layers: list[LayerState] = []
+        number = next(_numbers)
+        _states[number] = self
+        self.handle = torch.tensor(number)
 
     @contextmanager
     def running(self, mode: str, batch: AttentionBatch | None = None) -> Iterator[None]:
@@ -138,6 +153,8 @@ def attention_forward(
     state = layer.state
     if state.mode == "paged":
         return _paged(layer, state, query[0], key[0], value[0]), None
+    if state.mode == "compiled":
+        return torch.ops.vas_engine.paged_attention(query, key, value, state.handle, layer.index), None
     if state.mode == "dense":
         return _dense(layer, state, query, key, value, dropout), None
     if state.mode == "probe":
@@ -158,6 +175,26 @@ def _paged(
         query.transpose(0, 1), key, value, batch, spec.scale, spec.softcap, spec.window
     )
     return out.unsqueeze(0)
+
+
+def _operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, handle: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """query [1, H, R, D], key and value [1, KVH, R, D] -> a tensor of its own, [1, R, H, D]."""
+    state = _states[int(handle)]
+    if state.batch is None:
+        return torch.zeros_like(query).transpose(1, 2).contiguous()
+    if state.batch.has_unslotted:
+        # Compiled code uses the memory of its intermediates again; what commit() needs must outlive that.
+        key, value = key.clone(), value.clone()
+    return _paged(state.layers[layer], state, query[0], key[0], value[0]).contiguous()
+
+
+def _operator_shape(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, handle: torch.Tensor, layer: int
+) -> torch.Tensor:
+    batch, heads, rows, dim = query.shape
+    return query.new_empty((batch, rows, heads, dim))
 
 
 def _dense(
@@ -245,5 +282,12 @@ def _record(
     state.probed.append(Probed(module, spec, query[0].transpose(0, 1)))
     return value.repeat_interleave(heads // kv_heads, dim=1).transpose(1, 2)
 
+
+# Defined directly rather than by torch.library.custom_op, whose wrapper costs more than a small attention.
+# Pages are written behind the compiler's back: it neither drops nor moves a call whose output is used.
+_library = torch.library.Library("vas_engine", "DEF")
+_library.define("paged_attention(Tensor query, Tensor key, Tensor value, Tensor handle, int layer) -> Tensor")
+_library.impl("paged_attention", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("vas_engine::paged_attention", _operator_shape, lib=_library)
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

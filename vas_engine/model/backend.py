@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +12,9 @@ from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.kernels import reference
 from vas_engine.model.batch import AttentionBatch
 
-_extension: Any
-try:
-    from vas_engine import _attention as _extension
-except ImportError:  # built without a compiler: the reference serves
-    _extension = None
+_extension: Any = None
+with suppress(ImportError):  # built without a compiler: the reference serves
+    _extension = importlib.import_module("vas_engine._attention")
 
 BACKENDS = ("auto", "cpp", "reference")
 _SEES_NO_SELF = -2  # a slot for the extension: written nowhere, own key not seen

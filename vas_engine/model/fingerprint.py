@@ -31,7 +31,7 @@ def weights_hash(model: nn.Module) -> str:
         if not whole and numbers.numel() > SAMPLE_PIECES * SAMPLE_NUMBERS:
             numbers = _sample(numbers)
         raw = numbers.to(torch.bfloat16).contiguous().cpu().view(torch.int16)
-        digest.update(memoryview(raw.numpy()).cast("B"))
+        digest.update(raw.numpy().data.cast("B"))
     return digest.hexdigest()
 
 

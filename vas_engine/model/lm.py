@@ -17,6 +17,7 @@ from vas_engine.model.attention import AttentionState, LayerSpec, attach
 from vas_engine.model.backend import resolve_backend
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.cache import KVCache, LayerShape
+from vas_engine.model.compiled import MAX_ROWS, CompiledFunction
 from vas_engine.model.fingerprint import vocabulary_hash, weights_hash
 from vas_engine.model.loader import load_model
 from vas_engine.model.probe import decoder_layers, probe, settle
@@ -81,6 +82,7 @@ class CausalLM:
     Attributes:
         model: the transformers model. config: its (text) config. cache: pages, after :meth:`allocate`.
         layers: how each layer attends. head: whether there is a language-model head.
+        compiled: whether :meth:`forward` and :meth:`logits` run compiled code.
     """
 
     def __init__(self, model: PreTrainedModel, attention_backend: str = "auto") -> None:
@@ -98,15 +100,18 @@ class CausalLM:
         self.layers: list[LayerSpec] = [entry.spec for entry in probed]
         self._rotary = Rotary(model, probed, position)
         self._decoder = decoder_layers(model, probed)
-        settle(model, probed)
+        self._state.layers = settle(model, probed)
         self._hooked: dict[int, Any] = {}
         self._captured: dict[int, torch.Tensor] = {}
         self._last: torch.Tensor | None = None
         self.backbone.register_forward_hook(self._keep_last)
         self._given: torch.Tensor | None = None
         self._run_backbone = self.backbone.forward
-        self.backbone.forward = self._forward_backbone  # type: ignore[method-assign]
+        self.backbone.forward = self._forward_backbone
         self._weights_hash: str | None = None
+        self.compiled = False
+        self._compiled: dict[tuple[int, ...], CompiledFunction] = {}
+        self._compiled_head: CompiledFunction | None = None
 
     @classmethod
     def load(
@@ -150,7 +155,8 @@ class CausalLM:
     def vocab_size(self) -> int:
         """Width of the logits (of the embedding where there is no head)."""
         head = self.model.get_output_embeddings()
-        return (head if head is not None else self.model.get_input_embeddings()).weight.shape[0]
+        module: Any = head if head is not None else self.model.get_input_embeddings()
+        return module.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
@@ -209,6 +215,26 @@ class CausalLM:
     # Running it
 
     @torch.inference_mode()
+    def compile(self, states: Sequence[int] = ()) -> None:
+        """Has :meth:`forward` and :meth:`logits` run code of torch.compile from now on.
+
+        The code serves any number of rows and any pages, so this may come before :meth:`allocate`. Compiling
+        takes about a second a layer in every process: torch keeps the kernels on disk, but not the graph
+        around weights that are constants. Memory grows by a second copy of the weights. Results differ from
+        the eager ones by rounding. The weights, and the number of threads torch uses, are to stay as they are.
+
+        Args:
+            states: hidden states that will be asked for; another set is compiled when it is first met.
+
+        Raises:
+            VASError: torch.compile does not work here, for want of a C++ compiler for one.
+        """
+        self._compiled_forward(self._captured_states(states))
+        if self.head:
+            self._compiled_logits()
+        self.compiled = True
+
+    @torch.inference_mode()
     def forward(
         self,
         token_ids: torch.Tensor,
@@ -232,6 +258,8 @@ class CausalLM:
             fix = f"needs one token for each of the batch's {batch.num_rows} rows"
             raise InvalidArgumentError("token_ids", tuple(token_ids.shape), fix)
         self._state.scratch = {}
+        if self.compiled and 0 < batch.num_rows <= MAX_ROWS:
+            return self._forward_compiled(token_ids, batch, logit_rows, states)
         self._watch(states)
         with self._state.running("paged", batch):
             logits = self._call(token_ids[None], batch.positions[None], logit_rows)
@@ -251,12 +279,9 @@ class CausalLM:
         """
         if not self.head:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no language-model head, so no logits")
-        self._given = last_hidden[None]
-        try:
-            places = torch.zeros(1, len(last_hidden), dtype=torch.long, device=last_hidden.device)
-            return self.model(input_ids=places, position_ids=places, use_cache=False).logits[0]
-        finally:
-            self._given = self._last = None
+        if self.compiled and 0 < len(last_hidden) <= MAX_ROWS:
+            return self._compiled_logits()(last_hidden[None])[0]
+        return self._head_of(last_hidden[None])[0]
 
     def commit(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes keys and values of rows (int64 [n]) of the last forward to slots (int64 [n]), in all
@@ -347,6 +372,64 @@ class CausalLM:
         if self._given is not None:
             return _Given(self._given)
         return self._run_backbone(*args, **kwargs)
+
+    def _forward_compiled(
+        self,
+        token_ids: torch.Tensor,
+        batch: AttentionBatch,
+        logit_rows: torch.Tensor | None,
+        states: Sequence[int],
+    ) -> ForwardOutput:
+        wanted = self._captured_states(states)
+        run = self._compiled_forward(wanted)
+        with self._state.running("compiled", batch):
+            last, *captured = run(token_ids[None], batch.positions[None])
+        hidden = dict(zip((*wanted, self.num_layers), (*captured, last), strict=True))
+        wants_logits = logit_rows is not None and logit_rows.numel() > 0
+        return ForwardOutput(
+            logits=self.logits(last[0, logit_rows]) if wants_logits else None,
+            hidden={index: hidden[index][0] for index in states},
+            last_hidden=last[0],
+        )
+
+    def _captured_states(self, states: Sequence[int]) -> tuple[int, ...]:
+        """The states among these that hooks capture, in order."""
+        return tuple(sorted({index for index in states if index != self.num_layers}))
+
+    def _compiled_forward(self, wanted: tuple[int, ...]) -> CompiledFunction:
+        """[1, R] tokens and positions -> (last hidden state, *wanted states), each [1, R, H]."""
+        if wanted in self._compiled:
+            return self._compiled[wanted]
+        self._watch(wanted)
+
+        def run(token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            output = self._run_backbone(input_ids=token_ids, position_ids=positions, use_cache=False)
+            captured = [self._captured[index] for index in wanted]
+            self._captured.clear()
+            return (output.last_hidden_state, *captured)
+
+        made = CompiledFunction(run)
+        example = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with self._state.running("compiled"):
+            made.compile(example, example)
+        self._compiled[wanted] = made
+        return made
+
+    def _compiled_logits(self) -> CompiledFunction:
+        if self._compiled_head is None:
+            made = CompiledFunction(self._head_of)
+            made.compile(torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device))
+            self._compiled_head = made
+        return self._compiled_head
+
+    def _head_of(self, last_hidden: torch.Tensor) -> torch.Tensor:
+        """[1, n, H] -> [1, n, V]."""
+        places = torch.zeros(1, last_hidden.shape[1], dtype=torch.long, device=last_hidden.device)
+        self._given = last_hidden
+        try:
+            return self.model(input_ids=places, position_ids=places, use_cache=False).logits
+        finally:
+            self._given = self._last = None
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:

@@ -83,9 +83,9 @@ def _adopt(
     model: PreTrainedModel, place: torch.device, device: str | torch.device, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     if device != "auto":
-        model = model.to(place)
+        model = _move(model, place)
     if dtype != "auto":
-        model = model.to(resolve_dtype(dtype, model.config))
+        model = _move(model, resolve_dtype(dtype, model.config))
     try:
         model.set_attn_implementation(IMPLEMENTATION)
     except ValueError as error:
@@ -95,6 +95,10 @@ def _adopt(
             f"{type(model).__name__} does not go through transformers' AttentionInterface; use a model that does"
         )
     return model
+
+
+def _move(model: Any, target: torch.device | torch.dtype) -> PreTrainedModel:
+    return model.to(target)
 
 
 def _read_config(model: str | Path, revision: str | None) -> PretrainedConfig:
@@ -115,7 +119,7 @@ def _read(model: str | Path, place: torch.device, dtype: torch.dtype, revision: 
         raise InvalidArgumentError("model", str(model), f"no readable safetensors weights ({error})") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{model}: {error}") from error
-    return loaded.to(place)
+    return _move(loaded, place)
 
 
 def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -128,4 +132,4 @@ def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -
             )
         except ValueError as error:
             raise UnsupportedModelError(f"{type(config).__name__}: {error}") from error
-    return loaded.to(place)
+    return _move(loaded, place)

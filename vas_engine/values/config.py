@@ -332,6 +332,12 @@ def _interval(name: str, values: tuple[float, float]) -> None:
 # ------------------------------------------------------------------------ default sizes
 
 
+PLACE_FEATURES = 21
+"""Numbers that tell a network where in the text a row stands (see `network.place_features`)."""
+SMALL_BASE = 20_000_000
+"""Parameters up to which a reader gets more looks at the base than one hundredth of its cost would buy."""
+
+
 def default_config(
     kind: str, lm: CausalLM, rewards: Iterable[str | HeadConfig], distributional: bool = False
 ) -> ValueConfig:
@@ -364,14 +370,16 @@ def _sized(kind: str, lm: CausalLM, heads: tuple[HeadConfig, ...], width: int) -
     preset, depth = KINDS[kind], lm.num_layers
     shape: dict[str, Any] = {}
     if preset.reads_base:
-        layers = sorted({(index + 1) * depth // 5 - 1 for index in range(5)} - {-1})
+        # Attention over the base's heads is most of a reader's cost; on a small base it is little either way.
+        looks, queries = (5, 16) if lm.num_parameters <= SMALL_BASE else (4, 12)
+        layers = sorted({(index + 1) * depth // looks - 1 for index in range(looks)} - {-1})
         first = lm.layers[layers[-1]]
         layers = [
             index
             for index in layers
             if (lm.layers[index].kv_heads, lm.layers[index].head_dim) == (first.kv_heads, first.head_dim)
         ]
-        queries = max(1, round(16 / first.kv_heads)) * first.kv_heads
+        queries = max(1, round(queries / first.kv_heads)) * first.kv_heads
         shape = {"layers": layers, "queries": queries, "head_dim": first.head_dim, "mlp": 2 * width}
     elif preset.own_kv:
         head_dim = 32 if width <= 256 else 64
@@ -406,7 +414,7 @@ def config_parameters(config: ValueConfig) -> int:
     not counted).
     """
     width = config.width or len(config.states) * config.hidden_size
-    total = len(config.states) * config.hidden_size * config.width if config.width else 0
+    total = (len(config.states) * config.hidden_size + PLACE_FEATURES) * config.width if config.width else 0
     if config.input == "action":
         total += config.hidden_size * width
     attention = 2 * width * config.queries * config.head_dim * len(config.layers)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vas_engine.errors import InvalidArgumentError, VASError
 from vas_engine.model.cache import KVCache, LayerShape
 from vas_engine.values.base import base_fingerprint, check_base
-from vas_engine.values.config import ValueConfig
+from vas_engine.values.config import PLACE_FEATURES, ValueConfig
 from vas_engine.values.heads import Heads, rms_norm
 from vas_engine.values.layers import Attention, DenseAttention, PagedAttention, ReaderLayer, Rotary, SideLayer
 
@@ -58,6 +58,8 @@ class ValueNetwork(nn.Module):
         share = 0.5**0.5 if config.input == "action" else 1.0
         self.state_weight = _matrix(width, features, share) if config.width else None
         self.embed_weight = _matrix(width, config.hidden_size, share) if config.input == "action" else None
+        # Zero at the start: a network learns to use its place in the text where the reward depends on it.
+        self.place_weight = nn.Parameter(torch.zeros(width, PLACE_FEATURES)) if config.width else None
         layers: list[nn.Module] = [ReaderLayer(config, index) for index in range(len(config.layers))]
         layers += [SideLayer(config, index) for index in range(config.depth)]
         self.layers = nn.ModuleList(layers)
@@ -155,6 +157,8 @@ class ValueNetwork(nn.Module):
         x = self._project(states, served.state_weight).index_select(0, hidden_index)
         if self.embed_weight is not None:
             x += self._embeddings().index_select(0, token_ids)
+        if self.place_weight is not None:
+            x += F.linear(place_features(batch.positions), self.place_weight)
         if self.layers:
             attention = PagedAttention(lm, self._own_pages(), batch)
             x = self._run(x, attention, served.layers)
@@ -252,11 +256,25 @@ class ValueNetwork(nn.Module):
             # The state before the first token is the empty prefix: zeros, which the projection keeps.
             assert self.embed_weight is not None
             x = F.pad(x[:, :-1], (0, 0, 1, 0)) + F.linear(embedded, self.embed_weight)
+        if self.place_weight is not None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + F.linear(place_features(places), self.place_weight)
         if self.layers:
             batch, length = tokens.shape
             attention = DenseAttention(lm, dense, batch, length, tokens.device)
             x = self._run(x.flatten(0, 1), attention, self.layers).unflatten(0, (batch, length))
         return self.heads(x)
+
+
+def place_features(positions: Tensor) -> Tensor:
+    """What a network sees of a row's place: int64 [R] -> float32 [R, PLACE_FEATURES].
+
+    Sines and cosines of periods from 16 to 8192 tokens and the logarithm of the place. Layers with rotary positions
+    tell distances only, and a return often depends on how much of the text has been written.
+    """
+    place = positions.unsqueeze(-1).float()
+    angles = place * (2 * math.pi / 16 * 0.5 ** torch.arange(10, device=positions.device))
+    return torch.cat([angles.sin(), angles.cos(), place.log1p() / 8], -1)
 
 
 def _matrix(outputs: int, inputs: int, gain: float) -> nn.Parameter:
