@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
+    from vas_engine.demo import model_path
     from vas_engine.demo.showcase import ShowcaseConfig, run_showcase, save_plot, table, terminal_plot
     from vas_engine.training.prompts import load_prompts
 

@@ -56,11 +56,11 @@ class ShowcaseConfig:
     kind: str = "side"
     samples: int = 192
     max_tokens: int = 112
-    epochs: int = 3
+    epochs: int = 5
     eval_prompts: int = 8
     pool: int = 128
     guided_samples: int = 16
-    strengths: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    strengths: Sequence[float] = (2.0, 4.0, 8.0, 16.0)
     best_of: Sequence[int] = (4, 16, 64, 128)
     seed: int = 0
 
@@ -102,10 +102,17 @@ class Row:
 
 @dataclass
 class Showcase:
-    """All that the demonstration found; ``to_dict`` is what ``--json`` prints."""
+    """All that the demonstration found; ``to_dict`` is what ``--json`` prints.
+
+    Attributes:
+        deviations: standard deviation of each reward under the frozen model; strength x is the weight x / deviation.
+        r_squared: of the values, on held-out texts.
+        seconds: of each part.
+    """
 
     model: str
     reward_names: list[str]
+    deviations: dict[str, float] = field(default_factory=dict)
     r_squared: dict[str, float] = field(default_factory=dict)
     texts: list[dict[str, str]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -145,7 +152,8 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
     say(f"3/5  Training one {config.kind} network with two heads: {names[0]} and {names[1]}")
     heads = [head_for(rollouts, name) for name in names]
     network = make_network(llm.lm, config.kind, heads, tokenizer=llm.tokenizer, seed=config.seed)
-    report = fit(llm.lm, network, rollouts, FitConfig(epochs=config.epochs, seed=config.seed), use_tqdm=use_tqdm)
+    course = FitConfig(epochs=config.epochs, batch_tokens=1024, seed=config.seed)
+    report = fit(llm.lm, network, rollouts, course, use_tqdm=use_tqdm)
     save_value(out / "value", network)
     save_report(out / "value", report)
     result.r_squared = {name: head.r_squared for name, head in report.heads.items()}
@@ -156,7 +164,7 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
     clock.lap(result, "train")
 
     guided = LLM(model, values=str(out / "value"), max_num_seqs=256, max_num_batched_tokens=8192)
-    scale = _deviations(rollouts, names)
+    scale = result.deviations = _deviations(rollouts, names)
     say("4/5  One prompt, one seed, steered each way")
     result.texts = _show_texts(guided, config, names, scale, say)
     clock.lap(result, "texts")

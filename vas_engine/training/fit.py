@@ -44,7 +44,7 @@ class FitConfig:
     """
 
     epochs: int = 4
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     lr: float = 2e-3
     weight_decay: float = 0.01
     warmup: float = 0.05

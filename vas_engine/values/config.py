@@ -334,6 +334,7 @@ def _interval(name: str, values: tuple[float, float]) -> None:
 
 PLACE_FEATURES = 21
 """Numbers that tell a network where in the text a row stands (see `network.place_features`)."""
+LEAST_WIDTH = 64
 SMALL_BASE = 20_000_000
 """Parameters up to which a reader gets more looks at the base than one hundredth of its cost would buy."""
 
@@ -358,8 +359,8 @@ def default_config(
         raise InvalidArgumentError("kind", kind, nearest(str(kind), options))
     heads = tuple(_default_head(reward, distributional) for reward in rewards)
     base = lm.num_parameters
-    floor = 128 if base <= SMALL_BASE and lm.hidden_size >= 128 else 64
-    config = _sized(kind, lm, heads, floor)
+    roomy = base <= SMALL_BASE and lm.hidden_size >= 128 and not KINDS[kind].own_kv
+    config = _sized(kind, lm, heads, 2 * LEAST_WIDTH if roomy else LEAST_WIDTH)
     # Steps of 32 keep the size of an attention head whole.
     while config_parameters(wider := _sized(kind, lm, heads, config.width + 32)) <= base // 100:
         config = wider

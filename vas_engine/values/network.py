@@ -58,8 +58,7 @@ class ValueNetwork(nn.Module):
         share = 0.5**0.5 if config.input == "action" else 1.0
         self.state_weight = _matrix(width, features, share) if config.width else None
         self.embed_weight = _matrix(width, config.hidden_size, share) if config.input == "action" else None
-        # Zero at the start: a network learns to use its place in the text where the reward depends on it.
-        self.place_weight = nn.Parameter(torch.zeros(width, PLACE_FEATURES)) if config.width else None
+        self.place_weight = _matrix(width, PLACE_FEATURES, share) if config.width else None
         layers: list[nn.Module] = [ReaderLayer(config, index) for index in range(len(config.layers))]
         layers += [SideLayer(config, index) for index in range(config.depth)]
         self.layers = nn.ModuleList(layers)
