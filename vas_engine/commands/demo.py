@@ -72,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     say(terminal_plot(result))
     seconds = sum(result.seconds.values())
     say(f"\n{seconds:.0f} s in all. Plot: {out / 'frontier.png'}; the trained value: {out / 'value'}")
-    model = args.model or "demo"
     name = result.reward_names[0]
-    say(f'Try it:  vas generate {model} "{config.prompts[0]}" --value {out / "value"} --weight {name}=4')
+    weight = max(config.strengths) / 2 / result.deviations[name]
+    say(
+        f'Try it: vas generate {args.model or model_path()} "{config.prompts[0]}" '
+        f"--value {out / 'value'} --weight {name}={weight:.3g}"
+    )
     return 0
