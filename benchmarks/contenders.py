@@ -29,6 +29,14 @@ from vas_engine.values import ValueModel, ValueNetwork, default_config, save_val
 KINDS = ("action", "reader", "side", "lookahead", "model")
 """Kinds of value network measured."""
 
+COMPILED = {
+    "vas-compiled": None,
+    "vas-compiled-reader": "reader",
+    "vas-compiled-side": "side",
+    "vas-compiled-model": "model",
+}
+"""This engine with its base model compiled (`enforce_eager=False`), which takes most of a minute each to start."""
+
 PEERS: dict[str, type[ValueProcessor]] = {
     "hf-one-at-a-time": OneAtATimeValueProcessor,
     "hf-all-at-once": AllAtOnceValueProcessor,
@@ -153,10 +161,13 @@ class Engine:
         assets: the models.
         kind: of value network; None is plain decoding.
         max_num_seqs: the largest batch.
+        compiled: the name to go by, when the base model is to be compiled.
     """
 
-    def __init__(self, assets: Assets, kind: str | None, max_num_seqs: int, max_model_len: int) -> None:
-        self.name = f"vas-{kind}" if kind else "vas-plain"
+    def __init__(
+        self, assets: Assets, kind: str | None, max_num_seqs: int, max_model_len: int, compiled: str | None = None
+    ) -> None:
+        self.name = compiled or (f"vas-{kind}" if kind else "vas-plain")
         self.guided = kind is not None
         self.llm = LLM(
             str(assets.base),
@@ -165,6 +176,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_cache_memory="512MiB",
+            enforce_eager=compiled is None,
         )
 
     def run(self, prompts: list[list[int]], decoding: Decoding, seed: int) -> tuple[float, int]:
@@ -285,7 +297,7 @@ class VLLM:
 def names(vllm: bool = False) -> list[str]:
     """All contenders, in the order of the table."""
     own = ["vas-plain", *(f"vas-{kind}" for kind in KINDS)]
-    return [*own, "hf-plain", *PEERS, *([VLLM.name] if vllm else [])]
+    return [*own, *COMPILED, "hf-plain", *PEERS, *([VLLM.name] if vllm else [])]
 
 
 def builders(
@@ -314,6 +326,8 @@ def builders(
     for kind in (None, *KINDS):
         name = f"vas-{kind}" if kind else "vas-plain"
         found[name] = lambda kind=kind: Engine(assets, kind, max_num_seqs, max_model_len)
+    for name, compiled_kind in COMPILED.items():
+        found[name] = lambda name=name, kind=compiled_kind: Engine(assets, kind, max_num_seqs, max_model_len, name)
     for name in ("hf-plain", *PEERS):
         found[name] = lambda name=name: hugging_face(name)
     if vllm_python:

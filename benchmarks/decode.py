@@ -57,7 +57,9 @@ GOALS = [
     Goal("vas-lookahead", "vas-plain", 1, 0.6),
     Goal("vas-model", "hf-all-at-once", 16, 2.0),
     Goal("vas-model", "hf-one-at-a-time", 1, 4.0),
+    Goal("vas-compiled-model", "hf-one-at-a-time", 1, 4.0),
     *(Goal("vas-plain", "hf-plain", batch, 1.0) for batch in (1, 16)),
+    *(Goal("vas-compiled", "vllm-plain", batch, 1.0) for batch in (1, 16)),
 ]
 
 

@@ -31,6 +31,7 @@ class Rotary:
             if type(module).__name__.endswith("RotaryEmbedding")
         }
         self.module: nn.Module | None = next(iter(found.values())) if len(found) == 1 else None
+        self._last: tuple[torch.Tensor, str | None, torch.dtype, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.apply = self._applier(probed)
         kinds = getattr(model.config.get_text_config(), "layer_types", None)
         typed = self.module is not None and "layer_type" in inspect.signature(self.module.forward).parameters
@@ -60,10 +61,15 @@ class Rotary:
         return "rotary" if _near(turned, later) else "unknown"
 
     def _tables(self, like: torch.Tensor, positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines; those of the last call serve the layers that ask for the same positions after it."""
         assert self.module is not None
         kind = self.layer_types[layer]
+        if self._last is not None and self._last[0] is positions and self._last[1:3] == (kind, like.dtype):
+            return self._last[3]
         options = {"layer_type": kind} if kind is not None else {}
-        return self.module(like, positions[None], **options)
+        tables = self.module(like, positions[None], **options)
+        self._last = (positions, kind, like.dtype, tables)
+        return tables
 
     def _turn(self, queries: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
         assert self.apply is not None
