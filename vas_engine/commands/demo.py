@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from vas_engine.errors import VASError
+
+NEEDS = ("pyarrow", "vaderSentiment", "matplotlib", "plotext")
 
 EXAMPLES = """examples:
   vas demo                                      the shipped model, no network, under three minutes on two cores
@@ -40,6 +45,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise VASError(f'the demo needs {", ".join(missing)}: pip install "vas-engine[demo]"')
     from vas_engine.demo import model_path
     from vas_engine.demo.showcase import ShowcaseConfig, run_showcase, save_plot, table, terminal_plot
     from vas_engine.training.prompts import load_prompts
