@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = sum(result.seconds.values())
     say(f"\n{seconds:.0f} s in all. Plot: {out / 'frontier.png'}; the trained value: {out / 'value'}")
     name = result.reward_names[0]
-    weight = max(config.strengths) / 2 / result.deviations[name]
+    weight = config.shown / result.deviations[name]
     say(
         f'Try it: vas generate {args.model or model_path()} "{config.prompts[0]}" '
         f"--value {out / 'value'} --weight {name}={weight:.3g}"

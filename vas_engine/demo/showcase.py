@@ -29,6 +29,7 @@ from vas_engine.values.artifact import save_value
 
 Say = Callable[[str], None]
 
+SHOWN_SEED = 7
 ONE_THREAD = 5_000_000
 """Parameters under which torch gets one thread: a second one gains little on products this small, and on a machine
 with other work each of them would wait for it."""
@@ -47,6 +48,7 @@ class ShowcaseConfig:
         pool: plain responses per measured prompt, the pool that best-of-n draws from.
         guided_samples: responses per measured prompt and setting.
         strengths: weights in nats per standard deviation of the reward, so that they suit any reward.
+        shown: strength of the texts that are shown and of the combinations of both rewards.
         best_of: sizes n, at most ``pool``.
     """
 
@@ -61,6 +63,7 @@ class ShowcaseConfig:
     pool: int = 128
     guided_samples: int = 16
     strengths: Sequence[float] = (2.0, 4.0, 8.0, 16.0)
+    shown: float = 4.0
     best_of: Sequence[int] = (4, 16, 64, 128)
     seed: int = 0
 
@@ -198,7 +201,7 @@ def _show_texts(
     llm: LLM, config: ShowcaseConfig, names: list[str], scale: dict[str, float], say: Say
 ) -> list[dict[str, str]]:
     first, second = names
-    strength = max(config.strengths) / 2
+    strength = config.shown
     wishes = {
         "plain": {},
         f"more {first}": {first: strength},
@@ -209,7 +212,7 @@ def _show_texts(
     }
     prompt = config.prompts[0]
     params = [
-        SamplingParams(seed=config.seed + 1, max_tokens=config.max_tokens, values=_weights(scale, **wish))
+        SamplingParams(seed=config.seed + SHOWN_SEED, max_tokens=config.max_tokens, values=_weights(scale, **wish))
         for wish in wishes.values()
     ]
     outputs = llm.generate([prompt] * len(params), params, use_tqdm=False)
@@ -238,10 +241,10 @@ def _measure_all(
     plans: list[tuple[str, str | None, dict[str, float]]] = [
         (f"guided, {name} x{strength:g}", name, {name: strength}) for name in names for strength in config.strengths
     ]
-    half = max(config.strengths) / 2
+    shown = config.shown
     for up, down in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-        label = f"guided, {first} x{up * half:g} and {second} x{down * half:g}"
-        plans.append((label, None, {first: up * half, second: down * half}))
+        label = f"guided, {first} x{up * shown:g} and {second} x{down * shown:g}"
+        plans.append((label, None, {first: up * shown, second: down * shown}))
     for label, target, wish in plans:
         params = base.replace(values=_weights(scale, **wish))
         found = measure(llm, prompts, params, rewards, samples=config.guided_samples, seed=config.seed)
