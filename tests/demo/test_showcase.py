@@ -11,7 +11,15 @@ from vas_engine.demo.showcase import ShowcaseConfig, curves, run_showcase, save_
 from vas_engine.errors import InvalidArgumentError
 
 SMALL = ShowcaseConfig(
-    samples=24, epochs=1, eval_prompts=2, pool=8, guided_samples=2, strengths=(2.0, 6.0), best_of=(4, 8), max_tokens=64
+    samples=24,
+    epochs=1,
+    eval_prompts=2,
+    pool=8,
+    guided_samples=2,
+    strengths=(2.0, 6.0),
+    best_of=(4, 8),
+    max_tokens=64,
+    shown=16.0,
 )
 
 

@@ -208,7 +208,7 @@ def _show_texts(
         f"less {first}": {first: -strength},
         f"more {second}": {second: strength},
         f"less {second}": {second: -strength},
-        f"more {first}, less {second}": {first: strength, second: -strength},
+        f"more {first}, more {second}": {first: strength, second: strength},
     }
     prompt = config.prompts[0]
     params = [
