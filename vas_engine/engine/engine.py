@@ -229,11 +229,9 @@ class Engine:
             for child in self._fork(ready[i]):
                 ready.append(child)
                 source.append(i)
-        num_candidates = np.array([s.num_candidates for s in ready], np.int64)
-        arrays = gather(ready, num_candidates)
-        chosen_rows = np.array(source, np.int64)
-        selection = select(logits, chosen_rows, arrays)
-        self._list_alternatives(ready, logits, chosen_rows, num_candidates)
+        logit_rows = np.array(source, np.int64)
+        selection = select(logits, logit_rows, gather(ready, np.array([s.num_candidates for s in ready])))
+        self._list_alternatives(ready, logits, logit_rows)
         sound = np.array([bool(np.isfinite(s.state_values).all()) for s in ready])
         self._drop_failed(ready, selection.finite, "logits", events)
         self._drop_failed(ready, sound | ~selection.finite, "values", events)
@@ -309,7 +307,7 @@ class Engine:
             int64 [S]: the winner's column, or -1 for a sequence that ended here.
         """
         width = selection.token_ids.shape[1]
-        filled = np.arange(width) < selection.count[:, None]
+        filled = selection.filled
         tilt = np.where(filled, 0.0, -np.inf)
         guided = np.array([bool(s.networks) for s in sequences])
         evaluated = np.zeros(len(sequences), np.int64)
@@ -353,10 +351,9 @@ class Engine:
         return result
 
     def _needed(self, users: list[Sequence], selection: Selection, lookahead: bool) -> np.ndarray:
-        filled = np.arange(selection.token_ids.shape[1]) < selection.count[:, None]
         if lookahead:
             # Their candidates have been through the model already: there is nothing left to spare.
-            return filled
+            return selection.filled
         low, high = self.guide.tilt_bounds(users)
         margin = 1e-5 * (1.0 + np.abs(low) + np.abs(high))  # bounds are exact, float32 tilts are not
         return prune(selection, low - margin, high + margin, np.array([s.all_needed for s in users]))
@@ -466,9 +463,7 @@ class Engine:
     def _event(self, sequence: Sequence, **fields) -> TokenEvent:
         return TokenEvent(sequence.request_id, sequence.index, seed=sequence.seed, **fields)
 
-    def _list_alternatives(
-        self, ready: list[Sequence], logits: torch.Tensor, rows: np.ndarray, num_candidates: np.ndarray
-    ) -> None:
+    def _list_alternatives(self, ready: list[Sequence], logits: torch.Tensor, rows: np.ndarray) -> None:
         """Most probable tokens of the position, for sequences that report them."""
         wanted = [i for i, s in enumerate(ready) if s.params.logprobs]
         if not wanted:

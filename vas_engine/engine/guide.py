@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vas_engine.engine.rows import Rows, unslotted
+from vas_engine.engine.rows import Rows, group_offsets, unslotted
 from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.model.lm import CausalLM
@@ -44,7 +44,7 @@ class Scores:
     """Values and utilities of rows, float32 [R, values]; zero where a request does not use a value.
 
     The utility U is what a tilt compares: w V for the mean tilt, log E[exp(w R)] for the optimal one
-    (Han et al. 2024, eq. 5; Zhou et al. 2025 for the latter), so that T = sum_m clip(U_m(s, a) - U_m(s)).
+    (Han et al. 2024; Zhou et al. 2025 for the latter), so that T = sum_m clip(U_m(s, a) - U_m(s)).
     """
 
     values: np.ndarray
@@ -158,9 +158,8 @@ class Guide:
         ends = [int(rows.offsets[g + 1]) for g in groups]
         begins = [starts[g] if own else end - 1 for g, end in zip(groups, ends, strict=True)]
         index = np.concatenate([np.arange(b, e) for b, e in zip(begins, ends, strict=True)])
-        counts = np.array([e - b for b, e in zip(begins, ends, strict=True)])
-        offsets = np.zeros(len(groups) + 1, np.int32)
-        np.cumsum(counts, out=offsets[1:])
+        counts = [e - b for b, e in zip(begins, ends, strict=True)]
+        offsets = group_offsets(counts)
         positions = rows.positions[index]
         slots = rows.slots[index] if own else np.full(len(index), -1, np.int64)
         sequences = [rows.sequences[g] for g in groups]

@@ -59,6 +59,13 @@ def block_tables(sequences: Seq[Sequence]) -> np.ndarray:
     return tables
 
 
+def group_offsets(counts: Seq[int] | np.ndarray) -> np.ndarray:
+    """int32 [G + 1]: group g of ``counts[g]`` rows is ``[offsets[g], offsets[g + 1])``."""
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
 def slot(sequence: Sequence, position: int, block_size: int) -> int:
     return sequence.block_table[position // block_size] * block_size + position % block_size
 
@@ -66,8 +73,7 @@ def slot(sequence: Sequence, position: int, block_size: int) -> int:
 def unslotted(sequences: Seq[Sequence], token_ids: np.ndarray, positions: np.ndarray, counts: np.ndarray) -> Rows:
     """Candidate rows: ``counts[g]`` of them for each sequence, all at ``positions[g]``, none written to pages."""
     where = np.repeat(positions, counts)
-    offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = group_offsets(counts)
     return Rows(sequences, token_ids, where, np.full(len(where), UNSLOTTED, np.int64), where.astype(np.int32), offsets)
 
 
@@ -106,8 +112,7 @@ def pack(works: Seq[Work], warm: set[int], block_size: int) -> tuple[list[Work],
         slots.append(target)
         counts.append(len(where))
     position, target = np.concatenate(positions), np.concatenate(slots)
-    offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = group_offsets(counts)
     ordered = single + [work for work, _ in rest]
     rows = Rows(
         [work.sequence for work in ordered],
