@@ -165,7 +165,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model_folder, tm
     code = "import sys; from vas_engine.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while process.poll() is None and not list((tmp_path / "run").glob("shard-00001*")):
+    index = tmp_path / "run" / "index.json"  # what names a shard makes it count
+    while process.poll() is None and not (index.exists() and "shard-00001" in index.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
