@@ -54,7 +54,7 @@ class CompiledFunction:
         for example in examples:
             torch._dynamo.mark_dynamic(example, 1, min=1, max=MAX_ROWS)
         # The second setting keeps a single row from being told apart from several.
-        with _inductor.patch(freezing=True), _shapes.patch(backed_size_oblivious=True):
+        with _inductor.patch({"freezing": True, "cpp.enable_concat_linear": True}), _shapes.patch(backed_size_oblivious=True):
             try:
                 self._run(*examples)
             except Exception as error:
