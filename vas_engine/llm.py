@@ -66,7 +66,7 @@ class LLM:
         kv_cache_memory: bytes or a text such as "2GiB"; default 40 % of the free memory on a CPU, 85 % of
             what the weights leave free on CUDA, and never more than all sequences at full length can use.
         block_size: tokens of one page of the KV cache.
-        attention_backend: "auto", "cpp" (the CPU extension) or "reference" (plain torch).
+        attention_backend: "auto", "cpp" (the CPU extension), "triton" (a GPU's kernels) or "reference" (plain torch).
         enforce_eager: False compiles the base model by torch.compile while loading: about a second a layer each
             time, and memory for a second copy of its weights; steps are then up to twice as fast on a CPU.
             None (the default) and True run it eagerly.

@@ -48,6 +48,7 @@ class Rows:
             prefix_lens=torch.from_numpy(self.prefix_lens).to(device),
             slots=torch.from_numpy(self.slots).to(device),
             positions=torch.from_numpy(self.positions).to(device),
+            host=self,
         )
 
 

@@ -1,11 +1,15 @@
-"""Backends of paged attention: the C++ extension on a CPU, plain torch anywhere."""
+"""Backends of paged attention: the C++ extension on a CPU, Triton kernels on a GPU, plain torch anywhere."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError, nearest
@@ -16,7 +20,7 @@ _extension: Any = None
 with suppress(ImportError):  # built without a compiler: the reference serves
     _extension = importlib.import_module("vas_engine._attention")
 
-BACKENDS = ("auto", "cpp", "reference")
+BACKENDS = ("auto", "cpp", "reference", "triton")
 _SEES_NO_SELF = -2  # a slot for the extension: written nowhere, own key not seen
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -154,6 +158,119 @@ class CppLayer:
         self.pages.write(k.data_ptr(), k_row, k_head, v.data_ptr(), v_row, v_head, rows.numpy(), slots.numpy())
 
 
+class TritonLayer:
+    """Triton kernels, on a GPU. Queries may be of another float dtype than the pages.
+
+    What work there is follows from the batch once, for all layers: from `batch.host`, where whoever built the batch
+    has left its numbers as arrays; without it from shapes, on the device. Neither reads anything back.
+    """
+
+    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+        if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+            raise InvalidArgumentError("k_pages, v_pages", tuple(k_pages.shape), "need to be contiguous")
+        self.k_pages, self.v_pages = k_pages, v_pages
+        self.decode = importlib.import_module("vas_engine.kernels.candidate_attention")
+        self.prefill = importlib.import_module("vas_engine.kernels.paged_prefill")
+        self.commit = importlib.import_module("vas_engine.kernels.kv_commit")
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float = 0.0,
+        window: int = 0,
+    ) -> torch.Tensor:
+        rows, heads, dim = q.shape
+        kv_heads = self.k_pages.shape[2]
+        if rows != batch.num_rows or dim != self.k_pages.shape[3] or heads % kv_heads:
+            fix = f"needs [{batch.num_rows}, a multiple of {kv_heads}, {self.k_pages.shape[3]}]"
+            raise InvalidArgumentError("q", tuple(q.shape), fix)
+        q, k, v = _strided(q)[0], self._own(k, rows), self._own(v, rows)
+        pages = (self.k_pages, self.v_pages)
+        if k is not None and v is not None:
+            self.commit.write_pages(k, v, *pages, batch.slots)
+        out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+        seen = (q, *pages, batch.block_tables, batch.group_offsets, batch.prefix_lens)
+        how: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "positions": batch.positions}
+        decodes, chunks = self._plan(q, k is not None, batch)
+        if decodes is not None:
+            own = () if k is None else (k, v, batch.see_self)
+            self.decode.candidate_attention(*seen, *own, **how, items=decodes, out=out)
+        if chunks is not None:
+            self.prefill.paged_prefill(*seen, **how, items=chunks, out=out)
+        return out
+
+    def _own(self, given: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+        if given is None:
+            return None
+        if given.shape != (rows, *self.k_pages.shape[2:]):
+            raise InvalidArgumentError("k, v", tuple(given.shape), f"need {[rows, *self.k_pages.shape[2:]]}")
+        return _strided(given)[0]
+
+    def _plan(self, q: torch.Tensor, own: bool, batch: AttentionBatch) -> tuple[Any, Any]:
+        """Items for candidate_attention and for paged_prefill; None where there are none."""
+        shape = (q.shape[1:], self.k_pages.shape[1:], q.dtype, self.k_pages.dtype, own)
+        key = ("triton", *shape)
+        if key not in batch.cache:
+            host = _host_numbers(batch)
+            if host is None:
+                items = self.decode.plan(q, self.k_pages, batch.block_tables, batch.group_offsets)
+                batch.cache[key] = (items, None)
+            else:
+                batch.cache[key] = self._plan_on_host(q, own, host)
+        return batch.cache[key]
+
+    def _plan_on_host(self, q: torch.Tensor, own: bool, host: Any) -> tuple[Any, Any]:
+        """Groups of more rows than a tile of candidates takes are chunks, if all their keys are in the pages."""
+        kv_heads, dim = self.k_pages.shape[2:]
+        share = q.shape[1] // kv_heads
+        wide = self.decode.is_wide(q.dtype, self.k_pages.dtype)
+        counts = np.diff(host.offsets)
+        groups = counts.nonzero()[0]
+        counts, starts = counts[groups], host.offsets[groups]
+        if not len(groups):
+            return None, None
+        lengths = np.maximum.reduceat(host.prefix_lens, starts)
+        chunk = counts * share > self.decode.configuration(counts.max() * share, dim, wide).pairs
+        if own:
+            chunk &= ~np.logical_or.reduceat(host.slots < 0, starts)
+        programs = self.decode.processors(q.device) * self.decode.PROGRAMS_PER_PROCESSOR
+
+        def items(chosen: np.ndarray, launch: Any) -> Any:
+            table = self.decode.host_items(
+                groups[chosen], counts[chosen], lengths[chosen], share, kv_heads, launch.pairs, programs
+            )
+            moved = torch.from_numpy(table)
+            if q.device.type == "cuda":
+                moved = moved.pin_memory().to(q.device, non_blocking=True)
+            return self.decode.Items(moved, launch, bool((table[:, 3] > 1).any()))
+
+        decodes = chunks = None
+        if not chunk.all():
+            most = int(counts[~chunk].max()) * share
+            decodes = items(~chunk, self.decode.configuration(most, dim, wide))
+        if chunk.any():
+            chunks = items(chunk, self.prefill.configuration(dim, wide))
+        return decodes, chunks
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        self.commit.write_pages(_strided(k)[0], _strided(v)[0], self.k_pages, self.v_pages, slots)
+
+    def write_rows(self, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        self.commit.write_pages(_strided(k)[0], _strided(v)[0], self.k_pages, self.v_pages, slots, rows)
+
+
+def _host_numbers(batch: AttentionBatch) -> Any:
+    """The batch's `offsets`, `prefix_lens` and `slots` as arrays; None if they would have to be fetched."""
+    if batch.host is not None or batch.device.type != "cpu":
+        return batch.host
+    arrays = {"offsets": batch.group_offsets, "prefix_lens": batch.prefix_lens, "slots": batch.slots}
+    return SimpleNamespace(**{name: tensor.numpy() for name, tensor in arrays.items()})
+
+
 def _strided(given: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     """The tensor with its row and head strides; copied only when the last axis is not dense."""
     row, head, last = given.stride()
@@ -188,8 +305,12 @@ def candidate_attention(
 ) -> torch.Tensor:
     """Attention of grouped rows over pages, nothing written; see
     ``kernels.reference.candidate_attention``."""
-    if resolve_backend(backend, q.device, k_pages.dtype) == "reference":
-        return reference.candidate_attention(
+    resolved = resolve_backend(backend, q.device, k_pages.dtype)
+    if resolved != "cpp":
+        kernels: Any = reference
+        if resolved == "triton":
+            kernels = importlib.import_module("vas_engine.kernels.candidate_attention")
+        return kernels.candidate_attention(
             q,
             k_pages,
             v_pages,
@@ -218,13 +339,33 @@ def has_extension() -> bool:
     return _extension is not None and hasattr(_extension, "Pages")
 
 
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interprets() -> bool:
+    """Whether kernels run under Triton's interpreter, on a CPU."""
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` means here; one that cannot serve is an :class:`InvalidArgumentError`."""
     if name not in BACKENDS:
         raise InvalidArgumentError("attention_backend", name, nearest(name, BACKENDS))
     can_cpp = has_extension() and device.type == "cpu" and dtype in DTYPE_CODES
     if name == "auto":
+        if device.type == "cuda" and has_triton() and dtype in DTYPE_CODES:
+            return "triton"
         return "cpp" if can_cpp else "reference"
+    if name == "triton":
+        if not has_triton():
+            raise InvalidArgumentError("attention_backend", name, "Triton is missing: `pip install vas-engine[gpu]`")
+        if dtype not in DTYPE_CODES:
+            raise InvalidArgumentError("attention_backend", name, f"it does not serve {dtype}; ask for 'reference'")
+        if device.type != "cuda" and not _interprets():
+            fix = "its kernels need a GPU; on a CPU they run with TRITON_INTERPRET=1 only, which is for tests"
+            raise InvalidArgumentError("attention_backend", name, fix)
     if name == "cpp" and not can_cpp:
         why = "build it with `python setup.py build_ext --inplace`" if not has_extension() else "it serves CPUs only"
         raise InvalidArgumentError("attention_backend", name, f"{why}, or ask for 'reference'")
@@ -233,6 +374,23 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def make_layer(k_pages: torch.Tensor, v_pages: torch.Tensor, backend: str = "auto") -> PagedLayer:
     """Pages [num_blocks, block_size, KVH, D] bound to a backend."""
-    if resolve_backend(backend, k_pages.device, k_pages.dtype) == "cpp":
-        return CppLayer(k_pages, v_pages)
-    return ReferenceLayer(k_pages, v_pages)
+    resolved = resolve_backend(backend, k_pages.device, k_pages.dtype)
+    made: dict[str, Any] = {"cpp": CppLayer, "reference": ReferenceLayer, "triton": TritonLayer}
+    return made[resolved](k_pages, v_pages)
+
+
+def commit_layers(
+    layers: Sequence[PagedLayer],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Rows (int64 [n]) of every layer's k, v [R, KVH, D] to slots int64 [n]; on a GPU in one launch."""
+    triton_layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
+    if triton_layers and len(triton_layers) == len(layers):
+        k_pages, v_pages = [layer.k_pages for layer in triton_layers], [layer.v_pages for layer in triton_layers]
+        triton_layers[0].commit.kv_commit(keys, values, k_pages, v_pages, rows, slots)
+        return
+    for layer, k, v in zip(layers, keys, values, strict=True):
+        layer.write_rows(k, v, rows, slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,9 @@ class AttentionBatch:
     prefix_lens: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
+    host: Any = field(default=None, repr=False)
+    """The same numbers as arrays, of whoever built the batch (a dataclass with `offsets`, `prefix_lens`, `slots` and
+    `positions`, as `engine.rows.Rows`), for what the host plans; None: they would have to be fetched."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a backend works out once and uses in every layer."""
 
@@ -130,7 +133,7 @@ class AttentionBatch:
 
     @cached_property
     def has_unslotted(self) -> bool:
-        return bool(self.see_self.any())
+        return bool(self.see_self.any() if self.host is None else (self.host.slots < 0).any())
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -143,4 +146,8 @@ class AttentionBatch:
         look."""
         below = torch.minimum(self.prefix_lens.to(torch.int64), self.positions).to(torch.int32)
         nowhere = torch.full_like(self.slots, -1)
-        return AttentionBatch(self.block_tables, self.group_offsets, below, nowhere, self.positions)
+        host = self.host
+        if host is not None:
+            lengths = np.minimum(host.prefix_lens, host.positions).astype(np.int32)
+            host = replace(host, prefix_lens=lengths, slots=np.full_like(host.slots, -1))
+        return AttentionBatch(self.block_tables, self.group_offsets, below, nowhere, self.positions, host)

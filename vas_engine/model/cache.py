@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.model.backend import PagedLayer, make_layer
+from vas_engine.model.backend import PagedLayer, commit_layers, make_layer
 from vas_engine.model.batch import AttentionBatch
 
 
@@ -87,8 +87,7 @@ class KVCache:
         slots: torch.Tensor,
     ) -> None:
         """Rows (int64 [n]) of every layer's scratch [R, KVH, D] to their slots (int64 [n])."""
-        for pages, k, v in zip(self.pages, keys, values, strict=True):
-            pages.write_rows(k, v, rows, slots)
+        commit_layers(self.pages, keys, values, rows, slots)
 
     def copy_blocks(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copies whole blocks, all layers; ``source[i]`` to ``target[i]``."""

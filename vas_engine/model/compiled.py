@@ -53,8 +53,10 @@ class CompiledFunction:
         examples = [given[:, :1].repeat_interleave(_EXAMPLE_ROWS, dim=1) for given in arguments]
         for example in examples:
             torch._dynamo.mark_dynamic(example, 1, min=1, max=MAX_ROWS)
-        # The second setting keeps a single row from being told apart from several.
-        with _inductor.patch({"freezing": True, "cpp.enable_concat_linear": True}), _shapes.patch(backed_size_oblivious=True):
+        # Products that share an input become one. The second setting keeps a single row from being told apart from
+        # several.
+        settings = {"freezing": True, "cpp.enable_concat_linear": True}
+        with _inductor.patch(settings), _shapes.patch(backed_size_oblivious=True):
             try:
                 self._run(*examples)
             except Exception as error:
