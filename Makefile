@@ -4,8 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# A machine lent with its GPU has a Python with torch and needs nothing of ours installed.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
-.PHONY: help install demo test test-slow lint types bench clean
+.PHONY: help install demo test test-slow lint types bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +39,9 @@ types: install  ## mypy
 
 bench: install  ## benchmarks, written to benchmarks/results (ARGS="-k sampler")
 	$(BIN)/python -m pytest benchmarks -o addopts= -o timeout=0 --benchmark-only $(ARGS)
+
+gpu-check:  ## kernels, parity and speed on a GPU, in ten minutes, nothing installed (PART="parity decode")
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info vas_engine/*.so

@@ -1,0 +1,278 @@
+"""Kernels by themselves on a GPU: bytes per second beside those of a copy, and what sharing a prefix saves.
+
+python -m benchmarks.gpu_kernels
+python -m benchmarks.gpu_kernels --small          one little case of each, for compute-sanitizer
+python -m benchmarks.gpu_kernels --device cpu --small --backend reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vas_engine.kernels import reference
+
+from benchmarks import record
+from benchmarks.gpu_clock import Budget, Call, Ceilings, captured, measure_ceilings, seconds_per_call, spread
+from vas_engine.sampling import SamplingArrays
+
+CACHE_BYTES = 256 * 2**20
+"""Inputs of a case are copied until they are larger than any cache."""
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Decoding's attention: `requests` prefixes of `context` tokens, `rows` candidates each; by default of 8B."""
+
+    requests: int
+    context: int
+    rows: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+
+    @property
+    def bytes(self) -> int:
+        """That must move in bfloat16: the prefixes, queries and results, once."""
+        prefixes = 2 * self.requests * self.context * self.kv_heads * self.head_dim
+        return 2 * (prefixes + 2 * self.requests * self.rows * self.heads * self.head_dim)
+
+
+@dataclass(frozen=True)
+class SamplerCase:
+    """Selection of candidates of `requests` rows of logits."""
+
+    requests: int
+    vocabulary: int
+    candidates: int
+
+    @property
+    def bytes(self) -> int:
+        """That must move in bfloat16: the logits, once."""
+        return 2 * self.requests * self.vocabulary
+
+
+ATTENTION = [
+    AttentionCase(32, 8192, 20),
+    AttentionCase(32, 8192, 1),
+    AttentionCase(1, 8192, 20),
+    AttentionCase(8, 8192, 20),
+    AttentionCase(64, 1024, 20),
+    AttentionCase(32, 8192, 20, heads=16),
+]
+SAMPLER = [SamplerCase(batch, 128256, candidates) for batch in (1, 8, 64) for candidates in (0, 20)]
+SMALL = [AttentionCase(3, 70, 5, heads=4, kv_heads=2, head_dim=64)], [SamplerCase(3, 1000, 5)]
+
+
+def load(name: str, backend: str) -> Any:
+    """A function of the module of its name, or of the reference.
+
+    Raises:
+        ModuleNotFoundError: there is no such kernel, or no Triton.
+    """
+    if backend == "reference":
+        return getattr(reference, name)
+    return getattr(importlib.import_module(f"vas_engine.kernels.{name}"), name)
+
+
+def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
+    """Random queries and pages; blocks lie scattered, as they do after a while of serving."""
+    generator = torch.Generator(device).manual_seed(seed)
+    blocks = -(-case.context // case.block_size)
+    pages = (case.requests * blocks, case.block_size, case.kv_heads, case.head_dim)
+    rows = case.requests * case.rows
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    order = torch.randperm(pages[0], generator=torch.Generator().manual_seed(seed))
+    return {
+        "q": normal(rows, case.heads, case.head_dim),
+        "k_pages": normal(*pages),
+        "v_pages": normal(*pages),
+        "block_tables": order.view(case.requests, blocks).to(device, torch.int32),
+        "group_offsets": torch.arange(0, rows + 1, case.rows, dtype=torch.int32, device=device),
+        "prefix_lens": torch.full((rows,), case.context, dtype=torch.int32, device=device),
+    }
+
+
+def measure_attention(
+    case: AttentionCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
+) -> dict[str, Any]:
+    """Seconds of one call and, for several rows, of as many calls of one row each, as CUDA graphs or not.
+
+    Raises:
+        ValueError: the result is not the reference's.
+    """
+    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
+    inputs = [attention_inputs(case, device, seed) for seed in range(copies)]
+    scale = case.head_dim**-0.5
+    check(run(**inputs[0], scale=scale), inputs[0], case, scale)
+    calls, captures = _captured([lambda given=given: run(**given, scale=scale) for given in inputs], device, capture)
+    seconds = seconds_per_call(calls, device)
+    median = statistics.median(seconds)
+    found = {
+        **asdict(case),
+        "bytes": case.bytes,
+        "seconds": spread(seconds),
+        "captured": captures,
+        "bytes_per_second": case.bytes / median,
+        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
+    }
+    if case.rows > 1:
+        single = [[_one_row(given, case, row) for row in range(case.rows)] for given in inputs]
+
+        def one_by_one(parts: list[dict[str, Any]]) -> None:
+            for part in parts:
+                run(**part, scale=scale)
+
+        apart, _ = _captured([lambda parts=parts: one_by_one(parts) for parts in single], device, capture)
+        found["seconds_one_by_one"] = spread(seconds_per_call(apart, device))
+        found["times_faster"] = found["seconds_one_by_one"]["median"] / median
+    return found
+
+
+def _one_row(given: dict[str, Any], case: AttentionCase, row: int) -> dict[str, Any]:
+    """The row-th candidate of every request, as a batch of its own."""
+    offsets = torch.arange(case.requests + 1, dtype=torch.int32, device=given["q"].device)
+    lens = given["prefix_lens"][row :: case.rows].contiguous()
+    return {**given, "q": given["q"][row :: case.rows].contiguous(), "group_offsets": offsets, "prefix_lens": lens}
+
+
+def _captured(calls: list[Call], device: torch.device, capture: bool) -> tuple[list[Call], bool]:
+    """The calls as graphs, where that works."""
+    if not capture or device.type != "cuda":
+        return calls, False
+    try:
+        return [captured(call, device) for call in calls], True
+    except RuntimeError as error:
+        print(f"not captured: {error}", file=sys.stderr)
+        return calls, False
+
+
+def check(out: torch.Tensor, given: dict[str, Any], case: AttentionCase, scale: float) -> None:
+    """Compares the first request with the reference in float32; ValueError above one hundredth."""
+    first = slice(0, case.rows)
+    blocks = given["block_tables"][0].long()
+    wanted = reference.candidate_attention(
+        given["q"][first].float(),
+        given["k_pages"][blocks].float(),
+        given["v_pages"][blocks].float(),
+        torch.arange(len(blocks), dtype=torch.int32, device=out.device)[None],
+        given["group_offsets"][:2],
+        given["prefix_lens"][first],
+        scale=scale,
+    )
+    error = float((out[first].float() - wanted).norm() / wanted.norm())
+    if not error < 1e-2:
+        raise ValueError(f"{case}: differs from the reference by {error:.3g} of its norm")
+
+
+def measure_sampler(
+    case: SamplerCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = False
+) -> dict[str, Any]:
+    """Seconds of one call, never as a graph: settings are packed on the host and sent with each."""
+    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
+    generator = torch.Generator(device).manual_seed(0)
+    logits = [
+        (torch.randn(case.requests, case.vocabulary, generator=generator, device=device) * 2.5).bfloat16()
+        for _ in range(copies)
+    ]
+    arrays = SamplingArrays.build(case.requests, seed=np.arange(case.requests), num_candidates=case.candidates)
+    rows = np.arange(case.requests, dtype=np.int64)
+    seconds = seconds_per_call([lambda given=given: run(given, rows, arrays) for given in logits], device)
+    median = statistics.median(seconds)
+    return {
+        **asdict(case),
+        "bytes": case.bytes,
+        "seconds": spread(seconds),
+        "bytes_per_second": case.bytes / median,
+        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
+    }
+
+
+KERNELS: dict[str, Any] = {"candidate_attention": measure_attention, "candidate_select": measure_sampler}
+
+
+def measure(
+    device: torch.device,
+    backend: str,
+    attention: Sequence[AttentionCase],
+    sampler: Sequence[SamplerCase],
+    budget: Budget,
+    small: bool = False,
+) -> dict[str, Any]:
+    """Every case that there is time for; what was left out, or failed, says why."""
+    ceilings = measure_ceilings(device, large=not small)
+    results: list[dict[str, Any]] = []
+    for name, cases in (("candidate_attention", attention), ("candidate_select", sampler)):
+        for case in cases:
+            row: dict[str, Any] = {"kernel": name}
+            if budget.left <= 0:
+                row |= {**asdict(case), "skipped": "out of time"}
+            else:
+                try:
+                    row |= KERNELS[name](case, load(name, backend), device, ceilings, not small)
+                except ModuleNotFoundError as error:
+                    row |= {**asdict(case), "skipped": str(error)}
+                except Exception as error:  # of whatever sort: the other cases are to be measured
+                    row |= {**asdict(case), "failed": f"{type(error).__name__}: {error}"}
+            results.append(row)
+    return {"ceilings": asdict(ceilings), "backend": backend, "results": results}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    best = report["ceilings"]
+    lines = [
+        f"copy {best['bandwidth'] / 1e9:.0f} GB/s, product {best['flops'] / 1e12:.4g} TFLOP/s",
+        f"{'kernel':<21}{'case':<34}{'us':>9}{'GB/s':>8}{'of copy':>9}{'one by one':>12}",
+    ]
+    for row in report["results"]:
+        if row["kernel"] == "candidate_attention":
+            case = f"{row['requests']} x {row['context']}, {row['rows']} rows, {row['heads']} heads"
+        else:
+            case = f"{row['requests']} x {row['vocabulary']}, {row['candidates']} candidates"
+        if "seconds" not in row:
+            state = "skipped" if "skipped" in row else "FAILED"
+            lines.append(f"{row['kernel']:<21}{case:<34}  {state}: {row[state.lower()].splitlines()[0]}")
+            continue
+        ratio = f"{row['times_faster']:.1f} x" if "times_faster" in row else ""
+        numbers = f"{row['seconds']['median'] * 1e6:>9.1f}{row['bytes_per_second'] / 1e9:>8.0f}"
+        lines.append(f"{row['kernel']:<21}{case:<34}{numbers}{row['of_copy_bandwidth']:>9.2f}{ratio:>12}".rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints a table, writes JSON; 1 if a kernel failed."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--small", action="store_true", help="one little case of each")
+    parser.add_argument("--seconds", type=float, default=60, help="no case is begun after that (60)")
+    parser.add_argument("--json", type=Path, metavar="OUT", default=record.RESULTS / "gpu_kernels.json")
+    options = parser.parse_args(arguments)
+    attention, sampler = SMALL if options.small else (ATTENTION, SAMPLER)
+    device = torch.device(options.device)
+    report = measure(device, options.backend, attention, sampler, Budget(options.seconds), options.small)
+    record.write(options.json, {**record.circumstances(), **report})
+    print(table(report))
+    return int(any("failed" in row for row in report["results"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

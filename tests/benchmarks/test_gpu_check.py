@@ -1,0 +1,209 @@
+"""The check for GPUs, as far as it goes without one: its parts and limits, its clock, its benchmarks at toy size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_clock, gpu_decode, gpu_kernels
+from benchmarks.gpu_check import FAILED, NO_GPU, OK, PARTS, Part
+from vas_engine.engine.cost import SHAPES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is said to be there, and parts that are little programs."""
+    programs = {
+        "good": Part(60, "", ("-c", "print('3 passed')"), counts=True),
+        "bad": Part(60, "", ("-c", "raise SystemExit('broken')")),
+        "slow": Part(1, "", ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
+        "bare": Part(60, "", ("-c", ""), needs="a_module_nobody_has"),
+        "wrapped": Part(60, "", ("-c", ""), wrapper=("a-program-nobody-has",)),
+        "timed": Part(60, "", ("-c", "print('{seconds} {out}')"), counts=True),
+        "quiet": Part(60, "", ("-c", "print('a line of no interest')")),
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", programs)
+    monkeypatch.setattr(gpu_check, "LEAST", 0.5)
+    monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
+
+
+def test_without_a_gpu_it_says_so_in_a_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(tmp_path)],
+        cwd=gpu_check.ROOT,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == NO_GPU
+    assert done.stderr.splitlines() == ["gpu-check: torch sees no GPU here; nothing was run"]
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_are_listed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in PARTS)
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main(["--part", "parity", "mind"])
+    assert caught.value.code == 2
+    assert "mind" in capsys.readouterr().err
+    makefile = (gpu_check.ROOT / "Makefile").read_text()
+    assert "-m benchmarks.gpu_check $(if $(PART),--part $(PART))" in makefile
+
+
+@pytest.mark.usefixtures("scripts")
+def test_each_part_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path)]) == FAILED
+    parts = {part["part"]: part for part in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]}
+    assert {name: part["state"] for name, part in parts.items()} == {
+        "good": "ok",
+        "bad": "FAILED",
+        "slow": "FAILED",
+        "bare": "skipped",
+        "wrapped": "skipped",
+        "timed": "ok",
+        "quiet": "ok",
+    }
+    assert parts["good"]["note"] == "3 passed"
+    assert parts["bad"]["note"] == "broken"
+    assert parts["slow"]["note"] == "stopped after 1 s; begun"
+    assert parts["slow"]["seconds"] < 5
+    assert "a_module_nobody_has" in parts["bare"]["note"]
+    assert "a-program-nobody-has" in parts["wrapped"]["note"]
+    assert parts["timed"]["note"] == f"40 {tmp_path}"  # begins nothing in its last 20 s
+    assert parts["quiet"]["note"] == ""
+    assert capsys.readouterr().out.splitlines()[-1].startswith("quiet")
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_time_of_all_parts_is_bounded(tmp_path: Path) -> None:
+    assert gpu_check.main(["--out", str(tmp_path), "--part", "good", "timed"]) == OK
+    outcomes = gpu_check.check(["slow", "timed"], 1.2, tmp_path)
+    assert [done.state for done in outcomes] == ["FAILED", "skipped"]
+    assert "s are left" in outcomes[1].note
+
+
+def test_what_a_bare_checkout_lacks_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vas_engine").mkdir()
+    (tmp_path / "vas_engine" / "__init__.py").touch()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("here = True\n")
+    link = tmp_path / "vas_engine" / "kernels"
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    with gpu_check.kernels_in_place():
+        assert not link.exists()  # installed: nothing to do
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with gpu_check.kernels_in_place():
+        found = subprocess.run(
+            [sys.executable, "-S", "-c", "import vas_engine.kernels as k; print(k.here)"], cwd=tmp_path, text=True,
+            capture_output=True,
+        )  # fmt: skip
+        assert found.stdout == "True\n", found.stderr
+    assert not link.exists()
+    assert not link.is_symlink()
+
+
+def test_calls_take_turns_and_are_timed() -> None:
+    seen: list[int] = []
+    series = gpu_clock.seconds_per_call([lambda i=i: seen.append(i) for i in range(3)], CPU, 0.01)
+    assert len(series) >= 5
+    assert all(seconds >= 0 for seconds in series)
+    assert {0, 1, 2} == set(seen)
+    assert seen[-3:] in ([0, 1, 2], [1, 2, 0], [2, 0, 1])
+    assert gpu_clock.Budget(-1).left < 0 < gpu_clock.Budget(5).left <= 5
+    assert gpu_clock.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    ceilings = gpu_clock.measure_ceilings(CPU)
+    assert ceilings.bandwidth > 0 < ceilings.flops
+
+
+def test_bytes_of_a_case() -> None:
+    case = gpu_kernels.AttentionCase(32, 8192, 20)
+    # K and V of 32 prefixes in bfloat16; 640 rows of queries and of results.
+    assert case.bytes == 2 * 32 * 8192 * 8 * 128 * 2 + 2 * 640 * 4096 * 2
+    assert gpu_kernels.SamplerCase(8, 1000, 20).bytes == 16_000
+
+
+def test_kernels_are_measured_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kernels.json"
+    options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(out)]
+    assert gpu_kernels.main(options) == OK
+    report = json.loads(out.read_text())
+    attention, sampler = report["results"]
+    assert attention["times_faster"] > 0 < sampler["of_copy_bandwidth"]
+    assert {"machine", "versions", "commit", "time", "ceilings"} <= set(report)
+    assert "candidate_attention" in capsys.readouterr().out
+    assert gpu_kernels.main([*options, "--seconds", "0"]) == OK
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    load = gpu_kernels.load
+
+    def load_wrong(name: str, backend: str) -> object:
+        right = load(name, backend)
+        return right if name != "candidate_attention" else lambda **given: right(**given) * 1.02
+
+    monkeypatch.setattr(gpu_kernels, "load", load_wrong)
+    options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(tmp_path / "out.json")]
+    assert gpu_kernels.main(options) == FAILED
+    assert "differs from the reference" in json.loads((tmp_path / "out.json").read_text())["results"][0]["failed"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_triton_kernels_fit_the_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    script = (
+        "import sys, tests.kernels.conftest\n"  # chooses the interpreter where there is no GPU
+        "from benchmarks import gpu_kernels, gpu_clock\n"
+        "sys.exit(gpu_kernels.main(sys.argv[1:]))"
+    )
+    options = ["--device", "cpu", "--small", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options],
+        cwd=gpu_check.ROOT,
+        env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all("seconds" in row for row in json.loads(out.read_text())["results"])
+
+
+def test_decoding_is_measured_beside_its_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decode.json"
+    sizes = ["--context", "24", "--batch", "2", "1", "--candidates", "3", "--steps", "3", "--rounds", "1"]
+    assert gpu_decode.main(["--device", "cpu", "--shape", "tiny", *sizes, "--json", str(out)]) == OK
+    report = json.loads(out.read_text())
+    places = [(row["kind"], row["batch"], row["candidates"]) for row in report["results"]]
+    assert places == [(kind, b, 0 if kind == "plain" else 3) for kind in gpu_decode.KINDS for b in (1, 2)]
+    for row in report["results"]:
+        assert row["tokens_per_second"]["median"] > 0
+        assert (row["ratio_to_plain"] == 1) == (row["kind"] == "plain")
+        assert row["of_roofline"] > 0
+    assert "reader-4" in capsys.readouterr().out
+    assert gpu_decode.main(["--device", "cpu", "--shape", "tiny", *sizes, "--seconds", "0", "--json", str(out)]) == OK
+    assert "no time" in capsys.readouterr().out
+
+
+def test_four_values_are_four_networks() -> None:
+    counts = [len(gpu_decode.networks_of(SHAPES["llama-135m"], kind)) for kind in gpu_decode.KINDS]
+    assert counts == [0, 1, 1, 1, 4]
+
+
+def test_tables_of_a_run_are_those_it_wrote(tmp_path: Path) -> None:
+    report = {"ceilings": {"bandwidth": 4e12, "flops": 8e14}, "results": []}
+    (tmp_path / "gpu_decode.json").write_text(json.dumps(report))
+    now = (tmp_path / "gpu_decode.json").stat().st_mtime
+    assert "4000 GB/s" in gpu_check.results(tmp_path, now - 1)
+    assert gpu_check.results(tmp_path, now + 1) == ""
