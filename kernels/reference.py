@@ -7,13 +7,14 @@ better: this file is for being right.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,3 +447,225 @@ def candidate_attention(
             result = result + weights[..., longest:] * mine[:, :, None, :]
         out[first:last] = result.flatten(1, 2).to(q.dtype)
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Value networks
+# ------------------------------------------------------------------------------------------------------------
+
+SCALAR, BOUNDED, DISTRIBUTIONAL = 0, 1, 2
+"""Kinds of heads."""
+NORM_EPS = 1e-6
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+@dataclass
+class HeadWeights:
+    """The heads of one network, M of them with O outputs together, as kernels read them.
+
+    Attributes:
+        norm: whether features are divided by their root mean square.
+        hidden, hidden_bias: the hidden layer [H, width] and [H], any float dtype; None without one.
+        activation: "gelu", "relu" or "silu", after the hidden layer.
+        output, output_bias: float32 [O, H or width] and [O].
+        kinds: int32 [M], SCALAR, BOUNDED or DISTRIBUTIONAL.
+        scales: float32 [M, 2]: mean and standard deviation of a scalar head, lower and upper end of the others.
+        starts: int32 [M + 1], the outputs of head m are [starts[m], starts[m + 1]).
+        atoms: float32 [O], the return an output of a distributional head stands for, 0 elsewhere.
+    """
+
+    norm: bool
+    hidden: Tensor | None
+    hidden_bias: Tensor | None
+    activation: str
+    output: Tensor
+    output_bias: Tensor
+    kinds: Tensor
+    scales: Tensor
+    starts: Tensor
+    atoms: Tensor
+
+    @classmethod
+    def of(cls, heads: Any) -> HeadWeights:
+        """Those of a `values.Heads`, on its device; weights are shared, not copied, where the dtype allows."""
+        device = heads.output.weight.device
+        kinds, scales, starts, atoms = [], [], [0], []
+        for index, config in enumerate(heads.configs):
+            low, high = config.interval
+            kind = DISTRIBUTIONAL if config.support else BOUNDED if config.bounds else SCALAR
+            kinds.append(kind)
+            scales.append((config.mean, config.std) if kind == SCALAR else (low, high))
+            starts.append(starts[-1] + config.outputs)
+            atoms.append(heads.atoms(index).to(device) if config.support else torch.zeros(1, device=device))
+        hidden = heads.hidden
+        return cls(
+            heads.norm,
+            None if hidden is None else hidden.weight.detach().contiguous(),
+            None if hidden is None else hidden.bias.detach(),
+            next(name for name, function in _ACTIVATIONS.items() if function is heads.activation),
+            heads.output.weight.detach().float().contiguous(),
+            heads.output.bias.detach().float(),
+            torch.tensor(kinds, dtype=torch.int32, device=device),
+            torch.tensor(scales, dtype=torch.float32, device=device),
+            torch.tensor(starts, dtype=torch.int32, device=device),
+            torch.cat(atoms),
+        )
+
+
+@dataclass
+class ValueSettings:
+    """What S requests ask of the M values of one network.
+
+    Attributes:
+        weights: float32 [S, M].
+        limits: float64 [S, M], the largest size of each term of the tilt; inf is no limit.
+        baselines: float32 [S, M], utility of the state the candidates continue.
+        optimal: bool [S], utilities are log E[exp(w R)] where the head knows the distribution.
+        candidate_mean: bool [S], the baseline is the mean utility of the request's candidates instead.
+    """
+
+    weights: Tensor
+    limits: Tensor
+    baselines: Tensor
+    optimal: Tensor
+    candidate_mean: Tensor
+
+
+@dataclass
+class ValueTilt:
+    """Result of `value_head_tilt`.
+
+    Attributes:
+        values: float32 [R, M], V of each row in the reward's units. utilities: float32 [R, M], in nats.
+        winners: of the S sequences, None unless asked for.
+        row: int64 [S], the winner's row; -1 where it has none. None likewise.
+    """
+
+    values: Tensor
+    utilities: Tensor
+    winners: WinnerTensors | None = None
+    row: Tensor | None = None
+
+
+def head_output(features: Tensor, weights: HeadWeights) -> Tensor:
+    """Raw outputs of all heads: [R, width] -> float32 [R, O]."""
+    x = features.float()
+    if weights.norm:
+        x = F.rms_norm(x, (x.shape[-1],), None, NORM_EPS)
+    if weights.hidden is not None:
+        x = F.linear(x.to(weights.hidden.dtype), weights.hidden, weights.hidden_bias)
+        x = _ACTIVATIONS[weights.activation](x)
+    return F.linear(x.float(), weights.output, weights.output_bias)
+
+
+def head_values(output: Tensor, weights: HeadWeights, asked: Tensor, optimal: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and utilities, float32 [R, M] each.
+
+    Args:
+        output: float32 [R, O] from `head_output`.
+        asked: float32 [R, M], the weights of each row's request.
+        optimal: bool [R].
+    """
+    values, utilities = [], []
+    starts = weights.starts.tolist()
+    for index, (kind, (low, high)) in enumerate(zip(weights.kinds.tolist(), weights.scales, strict=True)):
+        part = slice(starts[index], starts[index + 1])
+        raw, atoms, weight = output[:, part], weights.atoms[part], asked[:, index]
+        if kind == DISTRIBUTIONAL:
+            value = torch.maximum(torch.minimum(torch.softmax(raw, 1) @ atoms, high), low)
+        elif kind == BOUNDED:
+            value = torch.lerp(low, high, torch.sigmoid(raw[:, 0]))
+        else:
+            value = raw[:, 0] * high + low
+        utility = value * weight
+        if kind == DISTRIBUTIONAL:
+            exact = torch.logsumexp(torch.log_softmax(raw, 1) + weight[:, None] * atoms, 1)
+            utility = torch.where(optimal, exact, utility)
+        values.append(value)
+        utilities.append(utility)
+    return torch.stack(values, 1), torch.stack(utilities, 1)
+
+
+def value_head_tilt(
+    features: Tensor,
+    weights: HeadWeights,
+    settings: ValueSettings,
+    row_offsets: Tensor,
+    columns: Tensor,
+    selection: SelectionTensors,
+    tilt: Tensor,
+    choose: bool = True,
+) -> ValueTilt:
+    """The heads of one network over all candidate rows, what they add to the tilt, and the winners.
+
+    With several networks each adds its part to `tilt`, one after another, and the last one chooses. A row whose
+    values or tilt are not finite leaves NaN in `tilt`, so that its sequence has no winner.
+
+    Args:
+        features: [R, width] float, the network's last row of features for each candidate.
+        weights: the heads.
+        settings: of S sequences.
+        row_offsets: int32 [S + 1]; sequence s owns rows [row_offsets[s], row_offsets[s + 1]), none if it does not
+            use the network. Rows beyond the last offset are padding.
+        columns: int32 [R], the column of the selection each row values; a sequence with rows has one for every
+            column that is not pruned.
+        selection: of S sequences, W columns, on the features' device.
+        tilt: float64 [S, W], added to in place: before the first network 0, -inf where a column was pruned.
+        choose: whether to choose winners.
+
+    Returns:
+        A `ValueTilt`; lines of padding rows mean nothing.
+    """
+    values = features.new_zeros(len(features), len(weights.kinds), dtype=torch.float32)
+    utilities = torch.zeros_like(values)
+    offsets = row_offsets.tolist()
+    for s, (first, last) in enumerate(pairwise(offsets)):
+        if first == last:
+            continue
+        count, own, column = last - first, slice(first, last), columns[first:last].long()
+        output = head_output(features[own], weights)
+        asked, optimal = settings.weights[s].expand(count, -1), settings.optimal[s].expand(count)
+        values[own], utilities[own] = head_values(output, weights, asked, optimal)
+        champion = column == selection.tail[s]
+        baselines = settings.baselines[s]
+        if settings.candidate_mean[s]:
+            baselines = utilities[own][~champion].mean(0)
+        sequence = torch.zeros(count, dtype=torch.int64, device=features.device)
+        terms = value_tilt(utilities[own], baselines[None], settings.limits[s : s + 1], sequence)
+        fine = terms.isfinite() | champion
+        fine &= values[own].isfinite().all(1)
+        terms = torch.where(champion, 0.0, terms)
+        tilt[s, column] += torch.where(fine, terms, math.nan)
+    if not choose:
+        return ValueTilt(values, utilities)
+    winners = choose_winner(selection, tilt)
+    row = torch.full_like(winners.column, -1)
+    for s, (first, last) in enumerate(pairwise(offsets)):
+        found = (columns[first:last] == winners.column[s]).nonzero()
+        if len(found):
+            row[s] = first + found[0, 0]
+    return ValueTilt(values, utilities, winners, row)
+
+
+def candidate_input(
+    states: Tensor,
+    state_index: Tensor,
+    table: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    places: Tensor | None = None,
+    place_index: Tensor | None = None,
+) -> Tensor:
+    """What a value network starts from: a projected state, the token's projected embedding, its place, summed.
+
+    Args:
+        states: [N, width] float, projected hidden states. state_index: int64 [R], the line a row takes.
+        table: [V, width] float, projected embeddings. token_ids: int64 [R].
+        places: [P, width] float, projected features of places. place_index: int64 [R].
+
+    Returns:
+        float32 [R, width].
+    """
+    x = states.float()[state_index]
+    if table is not None:
+        x = x + table[token_ids].float()
+    return x if places is None else x + places[place_index].float()

@@ -1,8 +1,13 @@
-"""Which implementation of the sampling path runs: the C++ extension or the reference in torch."""
+"""Which implementation of the sampling path runs: the C++ extension, the Triton kernels or the reference in torch."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from functools import cache
 from types import ModuleType
+
+import torch
 
 from vas_engine.errors import InvalidArgumentError
 
@@ -30,8 +35,19 @@ def extension() -> ModuleType:
     return _extension
 
 
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device: a GPU, or under TRITON_INTERPRET the CPU."""
+    return has_triton() and (device.type == "cuda" or bool(os.environ.get("TRITON_INTERPRET")))
+
+
 def resolve_backend(backend: str) -> str:
-    """ "cpp" or "reference" for "auto", "cpp" or "reference".
+    """ "cpp" or "reference" for "auto", "cpp" or "reference": what runs on the host.
 
     Raises:
         InvalidArgumentError: another name, or "cpp" where the extension is not built.

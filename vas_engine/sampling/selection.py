@@ -10,7 +10,7 @@ import torch
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import reference
 from vas_engine.sampling.arrays import SamplingArrays
-from vas_engine.sampling.backend import extension, resolve_backend
+from vas_engine.sampling.backend import extension, resolve_backend, runs_triton
 
 # How the extension is told what the 16-bit words of a row mean.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,11 +54,11 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
     """Candidates and tail champion of every sequence, in the order of operations of `kernels.reference`.
 
     Args:
-        logits: [B, V] float32, bfloat16 or float16; not modified. On a device other than the CPU the
-            reference runs.
+        logits: [B, V] float32, bfloat16 or float16; not modified.
         rows: int64 [S], the row of logits each sequence reads; several may read one.
         arrays: settings of the S sequences.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "triton" or "reference". On a GPU "auto" takes the Triton kernels where Triton is
+            installed and they have room for the vocabulary and the candidates, else the reference.
 
     Returns:
         A `Selection`. Logits that cannot be sampled from show in its `finite`, for that sequence only.
@@ -66,7 +66,7 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
     Raises:
         InvalidArgumentError: a shape, dtype or setting is wrong; nothing was computed.
     """
-    name = resolve_backend(backend)
+    name = backend if backend == "triton" else resolve_backend(backend)
     if logits.dim() != 2 or logits.dtype not in _CODES:
         given = f"{logits.dtype} {tuple(logits.shape)}"
         raise InvalidArgumentError("logits", given, "give float32, bfloat16 or float16 [rows, vocabulary]")
@@ -75,8 +75,32 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
     if backend == "cpp":
         raise InvalidArgumentError("backend", backend, f"logits lie on {logits.device}; use 'auto'")
     _check(logits, rows, arrays)
+    if backend == "triton" or (backend == "auto" and logits.device.type != "cpu" and runs_triton(logits.device)):
+        selection = _select_triton(logits.detach(), rows, arrays, required=backend == "triton")
+        if selection is not None:
+            return selection
     result = reference.candidate_select(logits.detach(), rows, arrays)
     return Selection(*(field.numpy() for field in vars(result).values()))
+
+
+def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, required: bool) -> Selection | None:
+    """The kernels' selection, fetched in one transfer; None where they have no room, unless they are required."""
+    if not runs_triton(logits.device):
+        fix = f"Triton is not installed or does not run on {logits.device}; use 'auto'"
+        raise InvalidArgumentError("backend", "triton", fix)
+    from vas_engine.kernels import candidate_select as kernels
+
+    width = kernels.select_width(arrays, logits.shape[1])
+    for name, given, most in (
+        ("num_candidates", width - 1, kernels.MAX_CANDIDATES),
+        ("logits", logits.shape[1], kernels.MAX_VOCABULARY),
+    ):
+        if given > most and required:
+            raise InvalidArgumentError(name, given, f"the Triton kernels take up to {most}; use backend='auto'")
+        if given > most:
+            return None
+    buffer = kernels.select_buffer(logits, rows, arrays).cpu()
+    return Selection(*(field.numpy() for field in vars(kernels.views(buffer, len(rows), width)).values()))
 
 
 def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection:
