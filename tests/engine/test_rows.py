@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from vas_engine.engine.rows import pack, unslotted
 from vas_engine.engine.scheduler import Work
@@ -46,3 +47,23 @@ def test_candidates_stand_at_one_position_and_touch_no_page() -> None:
     assert rows.positions.tolist() == [3, 3, 1]
     assert rows.prefix_lens.tolist() == [3, 3, 1]
     assert (rows.slots == -1).all()
+
+
+def test_a_batch_carries_the_numbers_it_was_made_of() -> None:
+    """A backend plans on the host with them, for a reader's look at the same rows too."""
+    works = [
+        Work(sequence("decode", [5, 6, 7, 8, 9], [3, 1]), 4, 1, True),
+        Work(sequence("looking", [21, 22], [4], pending=[31, 32, 33]), 2, 3, True, True),
+    ]
+    _, rows = pack(works, set(), BLOCK)
+    batch = rows.batch(torch.device("cpu"))
+    for each in (batch, batch.strict):
+        assert each.host is not None
+        assert each.host.prefix_lens.tolist() == each.prefix_lens.tolist()
+        assert each.host.prefix_lens.dtype == np.int32
+        assert each.host.slots.tolist() == each.slots.tolist()
+        assert each.host.offsets.tolist() == each.group_offsets.tolist()
+    assert batch.has_unslotted
+    assert batch.strict.prefix_lens.tolist() == [4, 2, 2, 2]
+    _, plain = pack(works[:1], set(), BLOCK)
+    assert not plain.batch(torch.device("cpu")).has_unslotted
