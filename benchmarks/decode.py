@@ -120,7 +120,7 @@ def report(rates: Rates, reference: str = "vas-plain") -> list[dict[str, Any]]:
 
 
 def _spread(series: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(series), "min": min(series), "max": max(series), "rounds": series}
+    return {**record.spread(series), "rounds": series}
 
 
 def table(rows: list[dict[str, Any]], order: Sequence[str]) -> str:

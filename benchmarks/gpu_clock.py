@@ -25,6 +25,9 @@ class Ceilings:
     bandwidth: float
     flops: float
 
+    def __str__(self) -> str:
+        return f"copy {self.bandwidth / 1e9:.0f} GB/s, product {self.flops / 1e12:.4g} TFLOP/s"
+
 
 class Budget:
     """Seconds that are left of a number of them."""
@@ -109,8 +112,3 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, 
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = statistics.median(seconds_per_call(lambda: a @ b, device, 0.2))
     return Ceilings(2 * size / copy, 2 * side**3 / product)
-
-
-def spread(series: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(series), "min": min(series), "max": max(series)}

@@ -26,8 +26,9 @@ from transformers.utils import logging
 
 from benchmarks import record
 from benchmarks.contenders import LOGIT_SCALE
-from benchmarks.gpu_clock import Budget, Ceilings, measure_ceilings, spread
-from vas_engine.commands.bench import WARM, decode
+from benchmarks.gpu_clock import Budget, Ceilings, measure_ceilings
+from benchmarks.record import spread
+from vas_engine.commands.bench import WARM, decode, room
 from vas_engine.engine.cost import SHAPES, Device, Network, Shape, network_config, predict
 from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
@@ -92,8 +93,7 @@ def measure(
     """A row for each setting, of one LLM; what there is no time or memory for says so."""
     contexts = max(setting.context for setting in planned)
     batches = max(setting.batch for setting in planned)
-    # While the last prompts are taken in, the first requests decode already.
-    longest = contexts + steps + WARM + 2 * batches + 2
+    longest = room(contexts, steps, batches)
     values = {name: ValueNetwork(network.config) for name, network in networks_of(shape, kind).items()}
     start = time.monotonic()
     try:
@@ -155,9 +155,8 @@ def compare(rows: list[dict[str, Any]], shape: Shape, ceilings: Ceilings, steps:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    best = report["ceilings"]
     lines = [
-        f"copy {best['bandwidth'] / 1e9:.0f} GB/s, product {best['flops'] / 1e12:.4g} TFLOP/s",
+        str(Ceilings(**report["ceilings"])),
         f"{'kind':<11}{'context':>8}{'batch':>6}{'cand.':>6}{'tokens/s':>10}"
         f"{'of plain':>10}{'at best':>9}{'of roof':>9}",
     ]

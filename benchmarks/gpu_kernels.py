@@ -21,7 +21,8 @@ import torch
 from vas_engine.kernels import reference
 
 from benchmarks import record
-from benchmarks.gpu_clock import Budget, Call, Ceilings, captured, measure_ceilings, seconds_per_call, spread
+from benchmarks.gpu_clock import Budget, Call, Ceilings, captured, measure_ceilings, seconds_per_call
+from benchmarks.record import spread
 from vas_engine.sampling import SamplingArrays
 
 CACHE_BYTES = 256 * 2**20
@@ -232,9 +233,8 @@ def measure(
 
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    best = report["ceilings"]
     lines = [
-        f"copy {best['bandwidth'] / 1e9:.0f} GB/s, product {best['flops'] / 1e12:.4g} TFLOP/s",
+        str(Ceilings(**report["ceilings"])),
         f"{'kernel':<21}{'case':<34}{'us':>9}{'GB/s':>8}{'of copy':>9}{'one by one':>12}",
     ]
     for row in report["results"]:

@@ -161,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = []
     for kind in options.kind:
-        lines += measure(
-            kind, options.setting, options.batch, options.context, options.repeats, options.steps
-        )  # fmt: skip
+        lines += measure(kind, options.setting, options.batch, options.context, options.repeats, options.steps)
     print(f"{'kind':<10}{'batch':>6}{'interval':>9}  {'way':<14}{'evaluations':>12}{'passes':>8}{'ms a step':>11}")
     for line in lines:
         print(

@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def spread(series: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(series), "min": min(series), "max": max(series)}
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

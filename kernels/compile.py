@@ -26,6 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vas_engine.kernels import has_triton
+
 MODULES = ("candidate_attention", "paged_prefill", "kv_commit", "candidate_select", "value_tilt", "candidate_input")
 """Modules of kernels; one that is absent or has no `variants()` is passed over."""
 
@@ -256,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (all cores)")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
     options = parser.parse_args(arguments)
-    if find_spec("triton") is None:
+    if not has_triton():
         print("compile: Triton is not installed: pip install 'vas-engine[gpu]'", file=sys.stderr)
         return 2
     reports = compile_all(options.target, options.kernel, max(1, options.jobs))

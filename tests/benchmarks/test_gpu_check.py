@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_clock, gpu_decode, gpu_kernels
+from benchmarks import gpu_check, gpu_clock, gpu_decode, gpu_kernels, record
 from benchmarks.gpu_check import FAILED, NO_GPU, OK, PARTS, Part
 from vas_engine.engine.cost import SHAPES
 
@@ -122,7 +122,7 @@ def test_calls_take_turns_and_are_timed() -> None:
     assert {0, 1, 2} == set(seen)
     assert seen[-3:] in ([0, 1, 2], [1, 2, 0], [2, 0, 1])
     assert gpu_clock.Budget(-1).left < 0 < gpu_clock.Budget(5).left <= 5
-    assert gpu_clock.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert record.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
     ceilings = gpu_clock.measure_ceilings(CPU)
     assert ceilings.bandwidth > 0 < ceilings.flops
 

@@ -192,8 +192,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vas_engine.engine import cost
 
     args.max_num_seqs = args.max_num_seqs or max(args.batch)
-    # While the last prompts are taken in, the first requests decode already.
-    args.max_model_len = args.max_model_len or max(args.context) + args.new_tokens + WARM + 2 * max(args.batch) + 2
+    args.max_model_len = args.max_model_len or room(max(args.context), args.new_tokens, max(args.batch))
     llm = load_llm(args)
     predicting: tuple[Shape, Device] | None = None
     if args.gpu is not None:
@@ -223,6 +222,12 @@ def _backbone(scorer: Any) -> Shape | None:
 
     found = getattr(scorer, "lm_of_values", None)
     return None if found is None else Shape.of(found, str(found.dtype).removeprefix("torch."))
+
+
+def room(context: int, steps: int, batch: int) -> int:
+    """Tokens a sequence must have room for where `decode` measures `steps` steps."""
+    # While the last prompts are taken in, the first requests decode already.
+    return context + steps + WARM + 2 * batch + 2
 
 
 def decode(llm: LLM, batch: int, context: int, candidates: int, steps: int, seed: int = 0) -> float:

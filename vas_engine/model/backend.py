@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError, nearest
-from vas_engine.kernels import reference
+from vas_engine.kernels import has_triton, interprets, reference
 from vas_engine.model.batch import AttentionBatch
 
 _extension: Any = None
@@ -339,16 +338,6 @@ def has_extension() -> bool:
     return _extension is not None and hasattr(_extension, "Pages")
 
 
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interprets() -> bool:
-    """Whether kernels run under Triton's interpreter, on a CPU."""
-    return bool(importlib.import_module("triton").knobs.runtime.interpret)
-
-
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` means here; one that cannot serve is an :class:`InvalidArgumentError`."""
     if name not in BACKENDS:
@@ -363,7 +352,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
             raise InvalidArgumentError("attention_backend", name, "Triton is missing: `pip install vas-engine[gpu]`")
         if dtype not in DTYPE_CODES:
             raise InvalidArgumentError("attention_backend", name, f"it does not serve {dtype}; ask for 'reference'")
-        if device.type != "cuda" and not _interprets():
+        if device.type != "cuda" and not interprets():
             fix = "its kernels need a GPU; on a CPU they run with TRITON_INTERPRET=1 only, which is for tests"
             raise InvalidArgumentError("attention_backend", name, fix)
     if name == "cpp" and not can_cpp:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from functools import cache
 from types import ModuleType
 
 import torch
 
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.kernels import has_triton, interprets
 
 try:
     from vas_engine import _sampling as _extension
@@ -35,15 +33,9 @@ def extension() -> ModuleType:
     return _extension
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def runs_triton(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device: a GPU, or under TRITON_INTERPRET the CPU."""
-    return has_triton() and (device.type == "cuda" or bool(os.environ.get("TRITON_INTERPRET")))
+    return has_triton() and (device.type == "cuda" or interprets())
 
 
 def resolve_backend(backend: str) -> str:
