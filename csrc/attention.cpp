@@ -330,7 +330,7 @@ class Pages {
         for (const Task &task : tasks) longest = std::max<int64_t>(longest, *std::max_element(&plan.prefix[task.first], &plan.prefix[task.last - 1] + 1));
         const int64_t chunks = (longest + CHUNK - 1) / CHUNK;
         if (threads > 1 && chunks > 1 && count < 4 * threads) return run_split(call, tasks, threads, kernel, chunks);
-        vas::parallel_for(count, threads, [&](int64_t i) { kernel.whole(call, tasks[i]); });
+        vas::parallel_for(count, threads, [&](int64_t i, int) { kernel.whole(call, tasks[i]); });
     }
 
     // Few rows over long prefixes: the chunks are the tasks.
@@ -341,10 +341,10 @@ class Pages {
         const size_t dim = (call.dim + PAD - 1) / PAD * PAD, stride = static_cast<size_t>(most) * share * (dim + 2);
         const int64_t count = static_cast<int64_t>(tasks.size());
         std::vector<float> parts(stride * chunks * count);
-        vas::parallel_for(count * chunks, threads, [&](int64_t i) {
+        vas::parallel_for(count * chunks, threads, [&](int64_t i, int) {
             kernel.part(call, tasks[i / chunks], i % chunks, parts.data() + stride * i);
         });
-        vas::parallel_for(count, threads, [&](int64_t i) { kernel.merge(call, tasks[i], chunks, parts.data() + stride * chunks * i, stride); });
+        vas::parallel_for(count, threads, [&](int64_t i, int) { kernel.merge(call, tasks[i], chunks, parts.data() + stride * chunks * i, stride); });
     }
 
     uintptr_t keys_, values_;

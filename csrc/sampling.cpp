@@ -65,7 +65,7 @@ vas::Output output_of(py::handle out, int64_t n, int64_t width) {
 }
 
 void select_batch(uintptr_t data, int dtype, int64_t rows, int64_t vocabulary, int64_t stride, py::handle sequence_rows,
-                  py::handle arrays, py::handle out) {
+                  py::handle arrays, py::handle out, int threads) {
   if (dtype < 0 || dtype > 2 || stride < vocabulary) throw py::value_error("wrong dtype or stride");
   const vas::Logits logits{reinterpret_cast<const void*>(data), static_cast<vas::DType>(dtype), rows, vocabulary, stride};
   const int64_t history = py::len(arrays.attr("history_ids")), bias = py::len(arrays.attr("bias_ids"));
@@ -77,7 +77,7 @@ void select_batch(uintptr_t data, int dtype, int64_t rows, int64_t vocabulary, i
     if (std::min<int64_t>(settings.num_candidates[s], vocabulary) + 1 > width) throw py::value_error("too few columns");
   }
   py::gil_scoped_release release;
-  vas::select(logits, settings, output);
+  vas::select(logits, settings, output, threads);
 }
 
 Array<double> gumbel_noise(uint64_t seed, int64_t position, const Array<int64_t>& tokens) {
@@ -158,8 +158,6 @@ PYBIND11_MODULE(_sampling, m) {
     const vas::PhiloxWords w = vas::philox4x32(c0, c1, c2, c3, k0, k1);
     return py::make_tuple(w.word[0], w.word[1], w.word[2], w.word[3]);
   });
-  m.def("get_num_threads", &vas::get_num_threads);
-  m.def("set_num_threads", &vas::set_num_threads, py::call_guard<py::gil_scoped_release>());
   m.def("instruction_set", [] { return vas::kernels().name; });
   m.def("set_instruction_set", &vas::set_kernels);
 }

@@ -1,7 +1,5 @@
 #include "sampling_select.h"
 
-#include <unistd.h>
-
 #include <mutex>
 
 #include "sampling_sequence.h"
@@ -9,59 +7,27 @@
 namespace vas {
 namespace {
 
-// Fewer tokens than this are done before a helper wakes up.
+// Fewer tokens than this are done before another thread has begun.
 constexpr int64_t kWorthSharing = 24 * 1024;
 
-// Threads and scratch of this process. One batch runs at a time. Never destroyed: threads must not be joined at exit, nor
-// in a forked child, where they do not exist.
-class Engine {
+// What the workers keep between batches. One batch runs at a time.
+class Scratches {
  public:
-  static Engine& get() {
-    static std::mutex creation;
-    static Engine* engine = nullptr;
-    static pid_t owner = 0;
-    std::lock_guard<std::mutex> lock(creation);
-    if (!engine || owner != getpid()) {
-      const int threads = engine ? engine->threads_ : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-      engine = new Engine(threads);
-      owner = getpid();
-    }
-    return *engine;
-  }
-
-  int threads() const { return threads_; }
-
-  void resize(int threads) {
+  void select(const Logits& logits, const Settings& settings, const Output& out, int threads) {
     std::lock_guard<std::mutex> lock(busy_);
-    pool_.resize(threads);
-    prepare(threads);
-  }
-
-  void select(const Logits& logits, const Settings& settings, const Output& out) {
-    std::lock_guard<std::mutex> lock(busy_);
-    auto one = [&](int index, Team team) { Sequence(logits, settings, index, out, team).run(); };
-    const int count = static_cast<int>(settings.count);
-    if (threads_ == 1 || count * logits.vocabulary < kWorthSharing) {
-      for (int index = 0; index < count; ++index) one(index, Team(workers_, 0));
-    } else if (count >= threads_) {
-      pool_.run(count, [&](int index, int thread) { one(index, Team(workers_, thread)); });
+    while (workers_.size() < static_cast<size_t>(threads)) workers_.push_back(std::make_unique<Worker>());
+    auto one = [&](int64_t index, Team team) { Sequence(logits, settings, index, out, team).run(); };
+    if (settings.count * logits.vocabulary < kWorthSharing) threads = 1;
+    if (settings.count >= threads) {
+      parallel_for(settings.count, threads, [&](int64_t index, int worker) { one(index, Team(workers_, worker)); });
     } else {
-      for (int index = 0; index < count; ++index) one(index, Team(workers_, pool_));
+      for (int64_t index = 0; index < settings.count; ++index) one(index, Team(workers_, 0, threads));
     }
   }
 
  private:
-  explicit Engine(int threads) : pool_(threads) { prepare(threads); }
-
-  void prepare(int threads) {
-    threads_ = threads;
-    while (workers_.size() < static_cast<size_t>(threads)) workers_.push_back(std::make_unique<Worker>());
-  }
-
   std::mutex busy_;
-  Pool pool_;
   Workers workers_;
-  int threads_ = 1;
 };
 
 bool rises(const int64_t* offsets, int64_t count, int64_t last) {
@@ -105,12 +71,8 @@ bool legal(const Logits& logits, const Settings& s, int64_t history, int64_t bia
   return true;
 }
 
-void select(const Logits& logits, const Settings& settings, const Output& out) {
-  Engine::get().select(logits, settings, out);
+void select(const Logits& logits, const Settings& settings, const Output& out, int threads) {
+  of_process<Scratches>().select(logits, settings, out, std::max(threads, 1));
 }
-
-int get_num_threads() { return Engine::get().threads(); }
-
-void set_num_threads(int count) { Engine::get().resize(count); }
 
 }  // namespace vas

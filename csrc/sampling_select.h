@@ -46,9 +46,7 @@ struct Output {
 
 bool legal(const Logits& logits, const Settings& settings, int64_t history, int64_t bias);
 
-void select(const Logits& logits, const Settings& settings, const Output& out);
-
-int get_num_threads();
-void set_num_threads(int count);
+// On at most `threads` threads; the result does not depend on their number.
+void select(const Logits& logits, const Settings& settings, const Output& out, int threads);
 
 }  // namespace vas

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "sampling_noise.h"
-#include "sampling_pool.h"
 #include "sampling_select.h"
+#include "threads.h"
 
 namespace vas {
 
@@ -95,22 +95,23 @@ class Floor {
   std::atomic<double> value_{-kInfinity};
 };
 
-// Runs slices on the calling thread, or on the whole pool.
+// Runs the slices of a sequence on one worker, or on all of them.
 class Team {
  public:
-  Team(Workers& workers, int self) : workers_(workers), self_(self) {}
-  Team(Workers& workers, Pool& pool) : workers_(workers), pool_(&pool) {}
+  Team(Workers& workers, int self, int threads = 1) : workers_(workers), self_(self), threads_(threads) {}
 
   template <class Body>
   void run(int slices, Body&& body) {
-    if (pool_) return pool_->run(slices, [&](int slice, int thread) { body(slice, workers_[thread]->scratch); });
+    if (threads_ > 1) {
+      return parallel_for(slices, threads_, [&](int64_t slice, int worker) { body(static_cast<int>(slice), workers_[worker]->scratch); });
+    }
     for (int slice = 0; slice < slices; ++slice) body(slice, local());
   }
 
   template <class Body>
   void each(Body&& body) {
-    if (!pool_) return body(local());
-    for (int thread = 0; thread < pool_->threads(); ++thread) body(workers_[thread]->scratch);
+    if (threads_ == 1) return body(local());
+    for (int worker = 0; worker < threads_; ++worker) body(workers_[worker]->scratch);
   }
 
   Scratch& local() { return workers_[self_]->scratch; }
@@ -118,8 +119,8 @@ class Team {
 
  private:
   Workers& workers_;
-  Pool* pool_ = nullptr;
-  int self_ = 0;
+  int self_;
+  int threads_ = 1;
 };
 
 class Sequence {

@@ -8,8 +8,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -22,19 +24,33 @@ namespace vas {
 
 namespace detail {
 
+inline long process() {
+#ifdef VAS_HAS_DLSYM
+    return static_cast<long>(getpid());
+#else
+    return 0;
+#endif
+}
+
 struct Job {
-    void (*run)(void *, int64_t) = nullptr;
+    void (*run)(void *, int64_t, int) = nullptr;
     void *body = nullptr;
     int64_t count = 0;
     std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+    std::mutex mutex;
+    std::exception_ptr error;
 };
 
+// An exception must not leave another pool's thread; the first one is kept for the caller.
 inline void work(void *pointer) {
     Job &job = *static_cast<Job *>(pointer);
-    for (;;) {
-        const int64_t task = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= job.count) return;
-        job.run(job.body, task);
+    const int worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+    try {
+        for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.run(job.body, task, worker);
+    } catch (...) {
+        std::lock_guard<std::mutex> lock(job.mutex);
+        if (!job.error) job.error = std::current_exception();
     }
 }
 
@@ -87,25 +103,15 @@ class Pool {
     uint64_t round_ = 0;
 };
 
-inline Pool &own_pool() {
-    // Never destroyed: its threads outlive static destruction. A forked child has none of them and starts anew.
-    static std::atomic<Pool *> pool{new Pool};
-#ifdef VAS_HAS_DLSYM
-    static std::atomic<long> owner{static_cast<long>(getpid())};
-    if (owner.load() != static_cast<long>(getpid())) {
-        pool.store(new Pool);
-        owner.store(static_cast<long>(getpid()));
-    }
-#endif
-    return *pool.load();
-}
+inline const long loader = process();
 
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
+// A forked child borrows nothing: OpenMP's threads stayed behind and some runtimes wait for them.
 inline Parallel borrowed_pool() {
 #ifdef VAS_HAS_DLSYM
     static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return found;
+    return process() == loader ? found : nullptr;
 #else
     return nullptr;
 #endif
@@ -113,25 +119,39 @@ inline Parallel borrowed_pool() {
 
 }  // namespace detail
 
-// Calls body(task) for every task in [0, count), on at most `threads` threads; returns when all are done.
+// The process's one object of a type. It is never destroyed, as threads may outlive static objects; a forked child, where
+// locks may be held by threads that it does not have, begins with a new one.
+template <class T>
+T &of_process() {
+    static std::atomic<T *> object{new T};
+    static std::atomic<long> owner{detail::process()};
+    if (owner.load() != detail::process()) {
+        object.store(new T);
+        owner.store(detail::process());
+    }
+    return *object.load();
+}
+
+// Calls body(task, worker) for every task in [0, count), on at most `threads` threads, of which `worker` in
+// [0, threads) is one; returns when all are done and throws the first exception of a task.
 template <class Body>
 void parallel_for(int64_t count, int threads, Body &&body) {
-    if (threads > count) threads = static_cast<int>(count) > 1 && detail::borrowed_pool() ? threads : static_cast<int>(count);
     if (threads <= 1 || count <= 1) {
-        for (int64_t task = 0; task < count; ++task) body(task);
+        for (int64_t task = 0; task < count; ++task) body(task, 0);
         return;
     }
     using Plain = std::remove_reference_t<Body>;
     detail::Job job;
-    job.run = [](void *pointer, int64_t task) { (*static_cast<Plain *>(pointer))(task); };
+    job.run = [](void *pointer, int64_t task, int worker) { (*static_cast<Plain *>(pointer))(task, worker); };
     job.body = const_cast<void *>(static_cast<const void *>(&body));
     job.count = count;
     // A team of another size than the pool's would make OpenMP start and stop threads, so `threads` is not cut there.
     if (const auto borrowed = detail::borrowed_pool()) {
         borrowed(detail::work, &job, static_cast<unsigned>(threads), 0);
     } else {
-        detail::own_pool().run(job, threads);
+        of_process<detail::Pool>().run(job, threads < count ? threads : static_cast<int>(count));
     }
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace vas

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 
 from vas_engine import _sampling
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.sampling import SamplingArrays, get_num_threads, select, set_num_threads
+from vas_engine.sampling import SamplingArrays, select
 
 
 @pytest.fixture
 def threads():
-    before = get_num_threads()
-    yield set_num_threads
-    set_num_threads(before)
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,7 +1,7 @@
 """Candidate selection, keyed noise, tilt and winner, over arrays."""
 
 from vas_engine.sampling.arrays import SamplingArrays
-from vas_engine.sampling.backend import backend_name, get_num_threads, set_num_threads
+from vas_engine.sampling.backend import backend_name
 from vas_engine.sampling.noise import fork_seed, gumbel_noise
 from vas_engine.sampling.selection import Selection, select
 from vas_engine.sampling.tilt import prune, value_tilt
@@ -14,10 +14,8 @@ __all__ = [
     "backend_name",
     "choose",
     "fork_seed",
-    "get_num_threads",
     "gumbel_noise",
     "prune",
     "select",
-    "set_num_threads",
     "value_tilt",
 ]

@@ -57,21 +57,4 @@ def backend_name() -> str:
     """What backend="auto" means here, e.g. "cpp (avx512, 8 threads)" or "reference"."""
     if not available():
         return "reference"
-    return f"cpp ({extension().instruction_set()}, {extension().get_num_threads()} threads)"
-
-
-def set_num_threads(count: int) -> None:
-    """Threads the C++ sampler uses, the calling one included; results do not depend on it.
-
-    Raises:
-        InvalidArgumentError: count < 1.
-    """
-    if count < 1:
-        raise InvalidArgumentError("count", count, "use at least one thread")
-    if available():
-        extension().set_num_threads(count)
-
-
-def get_num_threads() -> int:
-    """Threads the C++ sampler uses; 1 without the extension."""
-    return int(extension().get_num_threads()) if available() else 1
+    return f"cpp ({extension().instruction_set()}, {torch.get_num_threads()} threads)"

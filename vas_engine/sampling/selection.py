@@ -119,7 +119,8 @@ def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) 
         np.empty(count, np.bool_),
     )
     try:
-        extension().select(words.data_ptr(), _CODES[logits.dtype], *logits.shape, logits.stride(0), rows, arrays, out)
+        places = (words.data_ptr(), _CODES[logits.dtype], *logits.shape, logits.stride(0))
+        extension().select(*places, rows, arrays, out, torch.get_num_threads())
     except ValueError:
         # The extension only says that something is wrong: the checks in Python name it.
         _check(logits, rows, arrays)
