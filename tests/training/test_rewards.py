@@ -1,11 +1,16 @@
 import math
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
-from vas_engine.training.rewards import FunctionReward, load_reward, load_rewards, score
+from vas_engine.training.rewards import ChatPrompt, FunctionReward, load_reward, load_rewards, score, score_all
+from vas_engine.training.rewards.expression import Expression
 
 
 def one(spec: str, text: str, prompt: str = "", **options) -> float:
@@ -97,7 +102,7 @@ def test_unknown_reward_names_the_nearest(spec, hint):
         (lambda p, r: math.nan if not r else 1.0, "gave nan for response 1"),
         (lambda p, r: math.inf if not r else 1.0, "gave inf for response 1"),
         (lambda p, r: None if not r else 1.0, r"gave None \(NoneType\) for response 1"),
-        (lambda p, r: "1", r"gave '1' \(str\) for response 0"),
+        (lambda p, r: "1" if r else 1.0, r"gave '1' \(str\) for response 0"),
     ],
 )
 def test_bad_rewards_name_reward_and_response(function, message):
@@ -110,7 +115,7 @@ def test_batched_rewards_are_checked():
         score(FunctionReward("mine", lambda p, r: [1.0], batched=True), ["", ""], ["a", "b"])
     with pytest.raises(TrainingDataError, match="returned float for a batch"):
         score(FunctionReward("mine", lambda p, r: 1.0, batched=True), ["", ""], ["a", "b"])
-    with pytest.raises(TrainingDataError, match="responses 0 to 1"):
+    with pytest.raises(TrainingDataError, match=r"raised IndexError .* for a batch"):
         score(FunctionReward("mine", lambda p, r: [][0], batched=True), ["", ""], ["a", "b"])
     assert score(FunctionReward("mine", lambda p, r: torch.tensor([1, 2]), batched=True), ["", ""], ["a", "b"]) == [
         1,
@@ -182,3 +187,214 @@ def test_classifier_wants_a_label(classifier):
         load_reward(f"hf:{classifier}#gald")
     with pytest.raises(InvalidArgumentError, match="cannot load a sequence classifier"):
         load_reward(f"hf:{classifier}/nothing")
+
+
+CHAT = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+
+
+def test_reward_model_with_a_chat_template_reads_messages(classifier, tmp_path):
+    from transformers import AutoTokenizer, BertForSequenceClassification
+
+    model = BertForSequenceClassification.from_pretrained(classifier, num_labels=1, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="no chat template"):
+        load_reward(f"hf:{tmp_path}#:chat")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+
+    def logit(text):
+        ids = {"a": 3, "b": 4, "c": 5, "d": 6}
+        return model(torch.tensor([[ids.get(word, 1) for word in text.split()]])).logits.item()
+
+    chat = ChatPrompt("unseen", [{"role": "system", "content": "d"}, {"role": "user", "content": "b"}])
+    reward = load_reward(f"hf:{tmp_path}", whole_text=True)
+    assert (reward.chat, reward.bounds) == (True, None)
+    expected = [logit("u a a c"), logit("s d u b a c c")]
+    assert score(reward, ["a", chat], ["c", "c c"]) == pytest.approx(expected, abs=1e-5)
+    reward = load_reward(f"hf:{tmp_path}#:text")
+    assert score(reward, ["a", chat], ["c", "c c"]) == score(reward, ["", ""], ["c", "c c"])
+    assert score(load_reward(f"hf:{tmp_path}#:text:probability"), [""], ["c"])[0] == pytest.approx(
+        1 / (1 + math.exp(-score(reward, [""], ["c"])[0]))
+    )
+
+
+def test_unknown_device_is_named(classifier):
+    with pytest.raises(InvalidArgumentError, match=r"reward_device='gpu'.*use auto, cpu or cuda"):
+        load_reward(f"hf:{classifier}#glad", device="gpu")
+
+
+def test_batches_hold_texts_of_like_length_and_answers_keep_their_order():
+    batches = []
+
+    def lengths(prompts, responses):
+        batches.append(responses)
+        return [len(p) + 10 * len(r) for p, r in zip(prompts, responses, strict=True)]
+
+    texts = ["a" * (7 * place % 10) for place in range(10)]
+    prompts = ["p" * place for place in range(10)]
+    found = score(FunctionReward("l", lengths, batched=True), prompts, texts, batch_size=4)
+    assert found == [len(p) + 10 * len(r) for p, r in zip(prompts, texts, strict=True)]
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert [len(text) for batch in batches for text in batch] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected", "bounds"),
+    [
+        ("1 + 2*x", 4.0, (-1, 3.0)),
+        ("x - y", 1.5 - 0.5, None),
+        ("(x + 1) / 5", 0.5, (0.0, 0.4)),
+        ("1 / x", 1 / 1.5, None),
+        ("x**2 - -x", 1.5**2 + 1.5, (-1.0, 2.0)),
+        ("2 ** x", 2**1.5, (0.5, 2.0)),
+        ("min(x, y, 0.25) * max(x, 0)", 0.25 * 1.5, None),
+        ("clip(y, -1, 0.5) + abs(x)", 2.0, (-1.0, 1.5)),
+        ("exp(x) + log(x + 2)", math.exp(1.5) + math.log(3.5), (math.exp(-1) + 0.0, math.e + math.log(3))),
+        ("log(x)", math.log(1.5), None),
+        ("-x", -1.5, (-1.0, 1.0)),
+    ],
+)
+def test_formulas(formula, expected, bounds):
+    expression = Expression(formula)
+    names = {"x": (-1.0, 1.0), "y": None}
+    known = expression.bounds({name: names[name] for name in expression.names})
+    assert known == (None if bounds is None else pytest.approx(bounds))
+    values = {"x": np.array([1.5]), "y": np.array([0.5])}
+    assert expression.evaluate(values).tolist() == [pytest.approx(expected)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_value_leaves_the_bounds_of_its_formula(data):
+    leaves = st.sampled_from(["x", "y", "0.5", "2", "3", "1.7"])
+    formulas = st.recursive(
+        leaves,
+        lambda part: st.one_of(
+            st.builds("({} {} {})".format, part, st.sampled_from(["+", "-", "*", "/", "**"]), part),
+            st.builds("{}({})".format, st.sampled_from(["abs", "exp", "log", "-"]), part),
+            st.builds("{}({}, {})".format, st.sampled_from(["min", "max"]), part, part),
+            st.builds("clip({}, {}, {})".format, part, part, part),
+        ),
+        max_leaves=6,
+    )
+    expression = Expression(data.draw(formulas) + " + x")
+    numbers = st.floats(-3, 3, width=16)
+    bounds = {name: tuple(sorted([data.draw(numbers), data.draw(numbers)])) for name in ("x", "y")}
+    known = expression.bounds(bounds)
+    if known is None:
+        return
+    shares = st.lists(st.floats(0, 1), min_size=4, max_size=4).map(np.array)
+    values = {name: np.clip(low + (high - low) * data.draw(shares), low, high) for name, (low, high) in bounds.items()}
+    slack = 1e-9 * (1 + max(map(abs, known)))  # exp, log and ** are not rounded exactly
+    results = expression.evaluate(values)
+    outside = (results < known[0] - slack) | (results > known[1] + slack)
+    assert not outside.any()  # what is undefined (0 log 0) is NaN and neither
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("__import__('os').system('true') + x", "may not stand in a formula"),
+        ("(lambda: 1)() + x", "may not stand in a formula"),
+        ("x.real + 1", "may not stand in a formula"),
+        ("x if y else 1", "may not stand in a formula"),
+        ("x % 2", "may not stand in a formula"),
+        ("[x][0] + 1", "may not stand in a formula"),
+        ("True + x", "may not stand in a formula"),
+        ("x + 'a'", "may not stand in a formula"),
+        ("sum(x, 1)", "no function sum; known: abs, clip"),
+        ("log(x, 2)", "log takes 1 arguments, not 2"),
+        ("max(x)", "max takes 2 or more arguments, not 1"),
+        ("max(*x)", "max takes 2 or more|may not stand"),
+        ("1 + 2", "names no reward"),
+        ("x +", "is no formula"),
+        (f"x + 1{'0' * 400}", "too large"),
+    ],
+)
+def test_what_is_no_formula(formula, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        Expression(formula)
+
+
+def test_a_formula_of_named_rewards():
+    specs = [
+        "both=mood + 0.01*length - max(0, word_length - 4)",
+        "mood=vader",
+        "tri=clip(my_one, 0, 1)",
+        "my-one=length",
+    ]
+    rewards = load_rewards(specs)
+    texts = ["I love this wonderful happy day!", "A bad rainy afternoon"]
+    found = score_all(rewards, ["", ""], texts)
+    assert list(found) == ["both", "mood", "tri", "my-one"]
+    for place, text in enumerate(texts):
+        expected = found["mood"][place] + 0.01 * one("length", text) - max(0, one("word-length", text) - 4)
+        assert found["both"][place] == pytest.approx(expected)
+    assert found["my-one"] == [6.0, 4.0]
+    assert [reward.bounds for reward in rewards] == [None, (-1.0, 1.0), (0.0, 1.0), None]
+    assert rewards[0].spec == specs[0].removeprefix("both=")
+
+
+def test_a_named_reward_is_computed_once_a_batch(tmp_path, monkeypatch):
+    (tmp_path / "counted_rewards_for_test.py").write_text("calls = []\ndef f(p, r):\n    calls.append(r)\n    return 1")
+    monkeypatch.chdir(tmp_path)
+    rewards = load_rewards(["a=f1 + 1", "b=f1*f1", "f1=counted_rewards_for_test:f", "e=ensemble:mean(f1, length)"])
+    texts = [str(place) for place in range(5)]
+    found = score_all(rewards, [""] * 5, texts, batch_size=2)
+    assert found["a"] == [2.0] * 5
+    assert found["e"] == [1.0] * 5
+    assert sorted(sys.modules["counted_rewards_for_test"].calls) == texts
+
+
+def test_formulas_that_cannot_be():
+    with pytest.raises(InvalidArgumentError, match=r"no reward is named 'moood'; did you mean 'mood'\?"):
+        load_rewards(["mood=vader", "both=moood + 1"])
+    with pytest.raises(InvalidArgumentError, match=r"defined by itself \(a -> b -> a\)"):
+        load_rewards(["a=b + 1", "b=a + 1"])
+    with pytest.raises(TrainingDataError, match=r"reward 'ratio' is inf for response 1 \(length 0\): keep it finite"):
+        score(load_reward("ratio=1/length"), ["", ""], ["two words", ""])
+
+
+def test_ensembles():
+    texts = ["The good dog.", "A bad, bad cat hated it"]
+    mood = score(load_reward("vader"), ["", ""], texts)
+    share = score(load_reward("vader:pos-neg"), ["", ""], texts)
+    table = np.array([mood, share])
+    parts = "(vader, vader:pos-neg"
+    assert score(load_reward(f"ensemble:mean{parts})"), ["", ""], texts) == pytest.approx(table.mean(0))
+    assert score(load_reward(f"ensemble:min{parts})"), ["", ""], texts) == pytest.approx(table.min(0))
+    expected = table.mean(0) - 0.5 * table.std(0)
+    assert score(load_reward(f"ensemble:uncertainty{parts}, c=0.5)"), ["", ""], texts) == pytest.approx(expected)
+    assert load_reward(f"ensemble:mean{parts})").bounds == (-1.0, 1.0)
+    assert load_reward("ensemble:min(vader, distinct-words)").bounds == (-1.0, 1.0)
+    assert load_reward("ensemble:uncertainty(vader, distinct-words, c=2)").bounds == (-0.5 - 2.0, 1.0)
+    assert load_reward("ensemble:mean(vader, length)").bounds is None
+    assert load_reward("safe=ensemble:min(vader, ensemble:mean(vader, uppercase))").name == "safe"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ensemble:best(vader, length)", "write one of ensemble:mean"),
+        ("ensemble:mean(vader", "write one of ensemble:mean"),
+        ("ensemble:mean(vader)", "two members or more"),
+        ("ensemble:mean(vader, lenght)", "did you mean 'length'"),
+        ("ensemble:min(vader, length, c=2)", "leave it out"),
+        ("ensemble:uncertainty(vader, length, c=much)", "c is a number"),
+        ("ensemble:uncertainty(vader, length, c=-1)", "at least 0"),
+    ],
+)
+def test_ensembles_that_cannot_be(spec, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_reward(spec)
+
+
+def test_an_ensemble_of_classifiers(classifier):
+    reward = load_reward(f"ensemble:min(hf:{classifier}#glad, hf:{classifier}#calm)")
+    texts = ["a b", "c d d"]
+    glad, calm = (score(load_reward(f"hf:{classifier}#{label}"), ["", ""], texts) for label in ("glad", "calm"))
+    assert score(reward, ["", ""], texts) == pytest.approx([min(pair) for pair in zip(glad, calm, strict=True)])
+    assert reward.bounds == (0.0, 1.0)

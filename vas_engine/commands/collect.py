@@ -7,11 +7,30 @@ import json
 import sys
 from typing import Any
 
-EXAMPLES = """examples:
+from vas_engine.commands.options import add_guidance_options, add_model_options, load_llm, read_guidance
+
+EXAMPLES = """\
+rewards, each of which may be named as NAME=REWARD:
+  vader, vader:pos-neg    sentiment by the VADER lexicon
+  length, readability ... a property of the text
+  hf:PATH#LABEL           a Hugging Face sequence classifier; hf:PATH a reward model, which reads prompt and
+                          response as messages where it has a chat template (#LABEL:text: the response alone;
+                          #LABEL:logit: the raw logit)
+  module:function         your own, called with prompt and response
+  ensemble:min(A, B)      the worst of several; ensemble:mean(A, B); ensemble:uncertainty(A, B, c=1), their mean
+                          less c standard deviations
+  "mood - 0.01*length"    arithmetic of the others: + - * / ** min max abs clip log exp
+
+A response that reaches --max-tokens without an end is scored as it stands (finish_reason "length").
+
+examples:
   vas collect MODEL --prompts prompts.txt --reward vader --out runs/mood
   vas collect MODEL --prompts chats.jsonl --reward length --reward mine=rewards:score --out runs/two
+  vas collect MODEL --prompts trl-lib/tldr --split train --reward good=hf:REWARD_MODEL --out runs/tldr
+  vas collect MODEL --prompts p.txt --reward mood=vader --reward "both=mood + 0.01*length" --out runs/both
+  vas collect MODEL --prompts p.txt --reward vader --value mood=VALUE --weight mood=4 --out runs/second-round
 
-Give the same command again to go on with a run that was interrupted."""
+Give the same command again to go on with a run that was interrupted, in whatever way."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -24,13 +43,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or hub name of the model")
-    parser.add_argument("--prompts", required=True, help=".txt, .jsonl, .json, .yaml or .parquet file")
     parser.add_argument(
-        "--reward",
-        action="append",
+        "--prompts",
         required=True,
-        metavar="[NAME=]SPEC",
-        help="vader, vader:pos-neg, a text statistic, hf:PATH#LABEL or module:function; may be repeated",
+        metavar="FILE|DATASET",
+        help=".txt, .jsonl, .json, .yaml or .parquet; or a Hugging Face dataset, saved in a folder or by its name",
+    )
+    parser.add_argument("--prompt-column", metavar="NAME", help="default: prompt, messages or text")
+    parser.add_argument("--split", metavar="NAME", help="of a dataset (default train, or the only one)")
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="[NAME=]REWARD", help="see below; may be repeated"
     )
     parser.add_argument("--out", required=True, help="folder of the rollouts")
     parser.add_argument("--samples", type=int, default=64, help="responses per prompt (default 64)")
@@ -38,38 +60,51 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-rows", type=int, default=512, help="responses per file (default 512)")
     parser.add_argument("--hidden-states", action="store_true", help="keep the model's final hidden states too")
-    parser.add_argument("--whole-text", action="store_true", help="let rewards see prompt and response together")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: the model's own")
-    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
-    parser.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16|float16")
-    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="responses that are sampled at once")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    group = parser.add_argument_group("rewards")
+    add = group.add_argument
+    add("--whole-text", action="store_true", help="let rewards see prompt and response together")
+    add("--reward-device", default="auto", metavar="auto|cpu|cuda", help="of reward models")
+    add("--reward-batch-size", type=int, default=32, metavar="N", help="responses of one call (default 32)")
+    add(
+        "--reward-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="what takes longer for one batch is taken to hang (default 600)",
+    )
+    add_guidance_options(parser)
+    add_model_options(parser)
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
-    from vas_engine.llm import LLM
+    from vas_engine.errors import InvalidArgumentError
     from vas_engine.training.collect import CollectConfig, collect
     from vas_engine.training.prompts import load_prompts
-    from vas_engine.training.rewards import load_rewards
+    from vas_engine.training.rewards import RewardProcess
 
-    config = CollectConfig(args.samples, args.max_tokens, args.seed, args.shard_rows, args.hidden_states)
-    rewards = load_rewards(args.reward, whole_text=args.whole_text)
-    prompts = load_prompts(args.prompts)
-    llm = LLM(
-        args.model,
-        tokenizer=args.tokenizer,
-        device=args.device,
-        dtype=args.dtype,
-        max_num_seqs=args.max_num_seqs,
-    )
-    try:
-        rollouts = collect(llm, prompts, rewards, args.out, config)
-    except KeyboardInterrupt:
-        print(f"interrupted: what is finished lies in {args.out}; the same command goes on", file=sys.stderr)
-        return 130
+    guidance = read_guidance(args)
+    if guidance and not args.weight:
+        name, setting = next(iter(guidance.items()))
+        raise InvalidArgumentError(f"--{name.replace('_', '-')}", setting, "is for guided sampling: add --weight")
+    if args.weight and not args.value:
+        raise InvalidArgumentError("--weight", args.weight[0], "no value is loaded; add --value NAME=FOLDER")
+    config = CollectConfig(args.samples, args.max_tokens, args.seed, args.shard_rows, args.hidden_states, **guidance)
+    prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.split)
+    with RewardProcess(
+        args.reward, whole_text=args.whole_text, device=args.reward_device, timeout=args.reward_timeout
+    ) as process:
+        llm = load_llm(args)
+        try:
+            rollouts = collect(
+                llm, prompts, process.rewards, args.out, config, reward_batch_size=args.reward_batch_size
+            )
+        except KeyboardInterrupt:
+            print(f"interrupted: what is finished lies in {args.out}; the same command goes on", file=sys.stderr)
+            return 130
     summary = _summary(args.out, rollouts)
     print(json.dumps(summary, indent=2) if args.json else _readable(summary))
     return 0
@@ -79,20 +114,33 @@ def _summary(out: str, rollouts: Any) -> dict[str, Any]:
     names = rollouts.reward_names
     table = rollouts.rewards(names)
     ended = sum(rollout.finish_reason == "stop" for rollout in rollouts)
-    return {
+    summary = {
         "out": out,
         "rollouts": len(rollouts),
         "tokens": sum(len(rollout.response_ids) for rollout in rollouts),
         "ended": ended / len(rollouts),
         "rewards": {
-            name: {"mean": float(column.mean()), "std": float(column.std(correction=0))}
+            name: {
+                "mean": float(column.mean()),
+                "std": float(column.std(correction=0)),
+                "min": float(column.min()),
+                "max": float(column.max()),
+            }
             for name, column in zip(names, table.unbind(1), strict=True)
         },
     }
+    if rollouts.header.policy:
+        # Responses are the guided policy's own, so this mean estimates KL(π || π0).
+        summary["kl"] = sum(rollout.log_ratio for rollout in rollouts) / len(rollouts)
+    return summary
 
 
 def _readable(summary: dict[str, Any]) -> str:
     lines = [f"{summary['rollouts']} responses, {summary['tokens']} tokens, {summary['ended']:.0%} ended by the model"]
     for name, reward in summary["rewards"].items():
         lines.append(f"  {name}: {reward['mean']:.3f} (standard deviation {reward['std']:.3f})")
+        if reward["min"] == reward["max"] and summary["rollouts"] > 1:
+            lines.append(f"  {name} is the same for every response: there is nothing in it that a value could learn")
+    if "kl" in summary:
+        lines.append(f"  about {summary['kl']:.2f} nats from the frozen model")
     return "\n".join([*lines, f"in {summary['out']}"])

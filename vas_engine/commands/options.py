@@ -46,14 +46,10 @@ _SAMPLING_OPTIONS = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
-    "num_candidates",
-    "tail",
-    "baseline",
-    "tilt",
-    "advantage_clip",
     "prune",
     "report_kl",
 )
+_GUIDANCE_OPTIONS = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +100,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--frequency-penalty", type=float, metavar="X")
     add("--repetition-penalty", type=float, metavar="X")
     add("--logit-bias", action="append", default=[], metavar="ID=X", help="-inf bans; may be repeated")
+    values = add_guidance_options(parser)
+    add = values.add_argument
+    add("--no-prune", dest="prune", action="store_const", const=False, help="evaluate every candidate")
+    add("--report-kl", action="store_const", const=True, help="exact KL from the base model")
+
+
+def add_guidance_options(parser: argparse.ArgumentParser) -> Any:
+    """The strengths of values and how they guide; `read_guidance` reads them. Returns the group."""
     values = parser.add_argument_group("values")
     add = values.add_argument
     add("--weight", action="append", default=[], metavar="NAME=W", help="strength of a value; may be repeated")
@@ -112,19 +116,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline", metavar="state|candidate-mean")
     add("--tilt", metavar="mean|optimal")
     add("--advantage-clip", type=float, metavar="X", help="bound each advantage; speeds decoding up")
-    add("--no-prune", dest="prune", action="store_const", const=False, help="evaluate every candidate")
-    add("--report-kl", action="store_const", const=True, help="exact KL from the base model")
+    return values
 
 
-def load_llm(args: argparse.Namespace) -> LLM:
-    """The LLM that the model options describe."""
+def load_llm(args: argparse.Namespace, values: Any = None) -> LLM:
+    """The LLM that the model options describe; `values` in place of those that they name."""
     from transformers.utils import logging
 
     from vas_engine.llm import LLM
 
     if getattr(args, "quiet", False) or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return LLM(args.model, read_values(args.value), **_given(args, _MODEL_OPTIONS))
+    return LLM(args.model, read_values(args.value) if values is None else values, **_given(args, _MODEL_OPTIONS))
 
 
 def read_values(values: Sequence[str]) -> Any:
@@ -150,9 +153,15 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
     if args.logit_bias:
         pairs = [_pair("--logit-bias", text, "ID=NUMBER") for text in args.logit_bias]
         options["logit_bias"] = dict(pairs)
+    return SamplingParams(**(options | read_guidance(args)))
+
+
+def read_guidance(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of SamplingParams' fields that say how values guide, where they were given."""
+    options = _given(args, _GUIDANCE_OPTIONS)
     if args.weight:
         options["values"] = dict(_pair("--weight", text, "NAME=NUMBER") for text in args.weight)
-    return SamplingParams(**options)
+    return options
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face sequence classifier as a reward."""
+"""A Hugging Face sequence classifier or reward model as a reward."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 import torch
 
 from vas_engine.errors import InvalidArgumentError, nearest
+from vas_engine.training.rewards.reward import Bounds, ChatPrompt
 
 __all__ = ["ClassifierReward"]
 
 READINGS = ("probability", "logit")
+INPUTS = ("chat", "text")
 
 
 @dataclass
 class ClassifierReward:
-    """One label of a sequence classifier, in batches.
+    """One label of a sequence classifier.
 
     Attributes:
         reading: ``logit``, or ``probability`` (softmax over the labels; sigmoid when they do not exclude each
             other).
         max_length: tokens the classifier takes; a longer text keeps its end.
+        chat: whether it reads prompt and response as messages, by its tokenizer's chat template; else it
+            reads the response alone.
     """
 
     name: str
@@ -31,38 +35,46 @@ class ClassifierReward:
     label: int
     reading: str
     max_length: int
-    batch_size: int = 32
+    chat: bool = False
     spec: str = ""
 
     @classmethod
-    def load(cls, spec: str, device: str | torch.device = "cpu") -> ClassifierReward:
-        """Load ``hf:PATH[#LABEL[:logit|:probability]]``; safetensors only, and no code of the checkpoint's.
+    def load(cls, spec: str, device: str | torch.device = "auto") -> ClassifierReward:
+        """Load ``hf:PATH[#[LABEL][:logit|:probability][:chat|:text]]``.
+
+        Safetensors only, and no code of the checkpoint's. Left out:
+
+        - LABEL: the only one there is.
+        - the reading: ``logit`` of a single label, as reward models are trained, else the ``probability``.
+        - the input: ``chat`` where the tokenizer has a chat template. A prompt that was a conversation is then
+          read as its messages and any other as one message of the user's; the response is the assistant's.
 
         Raises:
-            InvalidArgumentError: no such checkpoint, label or reading, or several labels and none named.
+            InvalidArgumentError: no such checkpoint, label, reading, input or device; several labels and none
+                named; ``chat`` without a template.
         """
         path, _, choice = spec.removeprefix("hf:").partition("#")
+        place = _device(device)
         model, tokenizer = _load_checkpoint(spec, path)
-        label, reading = _choose(spec, model.config, choice)
+        label, reading, chat = _choose(spec, model.config, choice, bool(getattr(tokenizer, "chat_template", None)))
         name = Path(path).name + (f"-{model.config.id2label[label]}" if model.config.num_labels > 1 else "")
-        return cls(name, model.to(device).eval(), tokenizer, label, reading, _max_length(model, tokenizer))
+        return cls(name, model.to(place).eval(), tokenizer, label, reading, _max_length(model, tokenizer), chat)
 
     @property
-    def bounds(self) -> tuple[float, float] | None:
+    def bounds(self) -> Bounds:
         return (0.0, 1.0) if self.reading == "probability" else None
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        order = sorted(range(len(responses)), key=lambda index: len(responses[index]))
-        rewards = [0.0] * len(responses)
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
-            for index, reward in zip(chunk, self._score([responses[i] for i in chunk]), strict=True):
-                rewards[index] = reward
-        return rewards
-
-    def _score(self, texts: list[str]) -> list[float]:
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        texts = list(map(self._render, prompts, responses)) if self.chat else responses
+        batch = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            add_special_tokens=not self.chat,  # a chat template writes them itself
+            return_tensors="pt",
+        )
         if batch["input_ids"].shape[1] == 0:
             raise ValueError("an empty text has no tokens; use a classifier whose tokenizer adds special tokens")
         batch = {key: tensor.to(self.model.device) for key, tensor in batch.items() if key != "token_type_ids"}
@@ -71,6 +83,23 @@ class ClassifierReward:
             several = self.model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
             logits = logits.sigmoid() if several else logits.softmax(-1)
         return logits[:, self.label].tolist()
+
+    def _render(self, prompt: str, response: str) -> str:
+        said = prompt.messages if isinstance(prompt, ChatPrompt) else [{"role": "user", "content": prompt}]
+        messages = [*said, {"role": "assistant", "content": response}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        fix = f"no such device here ({str(error).splitlines()[0]}); use auto, cpu or cuda"
+        raise InvalidArgumentError("reward_device", str(device), fix) from error
+    return place
 
 
 def _load_checkpoint(spec: str, path: str) -> tuple[Any, Any]:
@@ -93,8 +122,17 @@ def _load_checkpoint(spec: str, path: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _choose(spec: str, config: Any, choice: str) -> tuple[int, str]:
-    name, _, reading = choice.rpartition(":") if choice.endswith(tuple(f":{r}" for r in READINGS)) else (choice, "", "")
+def _choose(spec: str, config: Any, choice: str, has_template: bool) -> tuple[int, str, bool]:
+    """Label, reading and whether it reads messages, from what follows the ``#``."""
+    name, options = choice, []
+    while name.endswith(tuple(f":{option}" for option in READINGS + INPUTS)):
+        name, _, option = name.rpartition(":")
+        options.append(option)
+    reading = next((option for option in options if option in READINGS), None)
+    chat = "chat" in options or (has_template and "text" not in options)
+    if chat and not has_template:
+        fix = "its tokenizer has no chat template; leave :chat out, and it reads the response alone"
+        raise InvalidArgumentError("reward", spec, fix)
     labels = {str(label): int(index) for index, label in config.id2label.items()}
     labels |= {str(index): index for index in labels.values()}
     if config.num_labels == 1:
@@ -105,7 +143,7 @@ def _choose(spec: str, config: Any, choice: str) -> tuple[int, str]:
         raise InvalidArgumentError("reward", spec, f"no label {name!r}; {nearest(name, labels)}")
     else:
         label = labels[name]
-    return label, reading or ("logit" if config.num_labels == 1 else "probability")
+    return label, reading or ("logit" if config.num_labels == 1 else "probability"), chat
 
 
 def _max_length(model: Any, tokenizer: Any) -> int:

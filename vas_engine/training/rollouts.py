@@ -2,11 +2,12 @@
 
     index.json               header, plan and the shards done so far
     shard-00000.parquet      prompt, response, prompt_ids, response_ids, finish_reason, seed, prompt_index,
-                             reward.NAME
+                             reward.NAME; log_ratio and log_ratios where values guided the sampling
     shard-00000.safetensors  on request: ``states`` [rows, width] and ``offsets`` [responses + 1]
 
 A shard exists for the reader once the index names it. Every file is written beside its place and renamed, the
-index last, so a run that is killed leaves whole shards and an index that tells the truth.
+index last, so a run that is killed leaves whole shards and an index that tells the truth. One run at a time
+writes into a folder.
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ METADATA_KEY = b"vas_engine"
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response sampled from the frozen model.
+    """One response sampled from the frozen model, or from a policy that values guide.
 
     Attributes:
         response_ids: tokens after the prompt, the one that ended it (EOS or a stop token) included.
-        finish_reason: ``"stop"``, or ``"length"`` where the token limit cut it.
+        finish_reason: ``"stop"``, or ``"length"`` where the token limit cut it; its rewards are then those of
+            the text as it was cut.
         prompt_index: place of the prompt in the list it came from; responses to one prompt share it.
         rewards: by name.
+        log_ratio: log π(response | prompt) - log π0(response | prompt) in nats, π being the policy that was
+            sampled from and π0 the frozen model; None where they are the same. A mean over the frozen model's
+            responses is one over these weighted by exp(-log_ratio).
+        log_ratios: its part of each of ``response_ids``.
     """
 
     prompt: str
@@ -50,6 +56,8 @@ class Rollout:
     seed: int
     prompt_index: int
     rewards: dict[str, float]
+    log_ratio: float | None = None
+    log_ratios: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,14 @@ class Header:
         fingerprint: of the model sampled from, as `CausalLM.fingerprint` gives it.
         settings: of the sampling: temperature, max_tokens, seed, ... and a digest of the prompts.
         rewards: by name, ``{"spec": description, "bounds": [low, high] | None}``.
+        policy: how values guided the sampling (their weights, their networks' hashes, the tilt's settings);
+            empty where they did not and the rollouts are the frozen model's own.
     """
 
     fingerprint: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
 
@@ -194,6 +205,9 @@ def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
     }
     for name in header.rewards:
         columns[REWARD_PREFIX + name] = pa.array([r.rewards[name] for r in rollouts], pa.float64())
+    if header.policy:
+        columns["log_ratio"] = pa.array([r.log_ratio for r in rollouts], pa.float64())
+        columns["log_ratios"] = pa.array([r.log_ratios for r in rollouts], pa.list_(pa.float32()))
     metadata = {METADATA_KEY: json.dumps(asdict(header), ensure_ascii=False).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -235,9 +249,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(wanted))
-    for part in ("fingerprint", "settings", "rewards"):
-        for key in sorted(found[part].keys() | wanted[part].keys()):
-            before, now = found[part].get(key), wanted[part].get(key)
+    for part in ("fingerprint", "settings", "rewards", "policy"):
+        there, here = found.get(part, {}), wanted[part]
+        for key in sorted(there.keys() | here.keys()):
+            before, now = there.get(key), here.get(key)
             if before != now:
                 found_there = f"its rollouts have {part} {key}={before!r}, not {now!r}"
                 fix = f"{found_there}; choose a new folder or the old setting"
@@ -252,9 +267,12 @@ def _save_states(states: Sequence[torch.Tensor], path: Path) -> None:
 
 
 def _atomically(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same name, so that what a killed run left is written over by the one that goes on.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the name must not outlive a power cut that the contents do not
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
