@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vas_engine.model.lm import CausalLM
 from vas_engine.training.rollouts import Header, Rollout, Rollouts
+from vas_engine.values.config import HeadConfig, Support, ValueConfig
+from vas_engine.values.heads import Heads
 
 VOCABULARY, EOS, HORIZON = 6, 0, 4
 PROMPT = (1, 2)
@@ -77,18 +79,72 @@ def solve(lm: CausalLM) -> Solution:
     return Solution(values, reach, policy)
 
 
-def sample(lm: CausalLM, solution: Solution, count: int, seed: int = 0) -> Rollouts:
+def sample(lm: CausalLM, solution: Solution, count: int, seed: int = 0, strength: float = 0.0) -> Rollouts:
+    """Responses of the model, or of its policy tilted by ``strength`` times the exact values, with log-ratios.
+
+    Every response comes as often as it should, up to one (systematic sampling): the returns of few rollouts are
+    then as good as those of many.
+    """
+    policy = {prefix: _tilted(solution, prefix, strength) for prefix in solution.policy}
+    ends = [prefix for prefix in solution.values if prefix not in policy]
+    chances = torch.stack([torch.stack([policy[e[:i]][e[i]] for i in range(len(e))]).prod() for e in ends])
     generator = torch.Generator().manual_seed(seed)
+    marks = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    chosen = torch.searchsorted(chances.cumsum(0) / chances.sum(), marks)[torch.randperm(count, generator=generator)]
     rollouts = []
-    for index in range(count):
-        response: tuple[int, ...] = ()
-        while response in solution.policy:
-            token = torch.multinomial(solution.policy[response], 1, generator=generator)
-            response = (*response, int(token))
+    for index, place in enumerate(chosen.tolist()):
+        response = ends[place]
         reason = "stop" if response[-1] == EOS else "length"
         rewards = {"points": reward(response), "length": float(len(response))}
-        rollouts.append(Rollout("", "", list(PROMPT), list(response), reason, index, 0, rewards))
+        steps = [(response[:i], token) for i, token in enumerate(response)]
+        ratios = [float((policy[prefix][token] / solution.policy[prefix][token]).log()) for prefix, token in steps]
+        given = {"log_ratio": sum(ratios), "log_ratios": ratios} if strength else {}
+        rollouts.append(Rollout("", "", list(PROMPT), list(response), reason, index, 0, rewards, **given))
     return Rollouts(Header(lm.fingerprint(), {}, {name: {"bounds": None} for name in rewards}), rollouts)
+
+
+def _tilted(solution: Solution, prefix: tuple[int, ...], strength: float) -> torch.Tensor:
+    values = torch.tensor([solution.values[(*prefix, token)] for token in range(VOCABULARY)])
+    return (solution.policy[prefix].log() + strength * values).softmax(-1)
+
+
+class ExactValue:
+    """The exact values as a value, to teach with; one head, which may give them as a distribution over two atoms."""
+
+    def __init__(self, solution: Solution, support: Support | None = None) -> None:
+        head = HeadConfig("points", "points", support=support)
+        self.config = ValueConfig(kind="action", heads=(head,), hidden_size=32, vocab_size=6, states=(2,), width=1)
+        self.heads = Heads(self.config, 1)
+        self.solution, self.states = solution, ()
+
+    def eval(self) -> ExactValue:
+        return self
+
+    def train_values(self, lm, tokens, lengths, branches=None):
+        width = len(PROMPT)
+        rows = tokens[:, None].expand(-1, tokens.shape[1], -1)
+        texts = [[row[: p + 1] for p, row in enumerate(sequence)] for sequence in rows.tolist()]
+        if branches is not None:
+            pairs = zip(tokens.tolist(), branches.places.tolist(), branches.token_ids.tolist(), strict=True)
+            for text, (row, places, candidates) in zip(texts, pairs, strict=True):
+                text += [[*row[: p + 1], token] for p, group in zip(places, candidates, strict=True) for token in group]
+        # What is no state (padding, half a prompt) has no value.
+        values = [[self.solution.values.get(tuple(text[width:]), 0.0) for text in line] for line in texts]
+        found = torch.tensor(values)
+        if self.heads.configs[0].support is None:
+            return found[..., None]
+        return self.heads.two_hot(0, found).clamp_min(1e-9).log()
+
+
+def unexplained(lm: CausalLM, network, solution: Solution, ends: int | None = None) -> float:
+    """Share of the exact values' variance that the network misses, by how often states are reached."""
+    prefixes = [p for p in solution.values if ends is None or (p and p[-1] == ends)]
+    exact = torch.tensor([solution.values[p] for p in prefixes], dtype=torch.float64)
+    weight = torch.tensor([solution.reach[p] for p in prefixes], dtype=torch.float64)
+    weight /= weight.sum()
+    found = predict(lm, network, prefixes)[:, 0]
+    mean = weight @ exact
+    return float((weight @ (found - exact).square()) / (weight @ (exact - mean).square()))
 
 
 @torch.no_grad()

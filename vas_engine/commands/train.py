@@ -1,4 +1,4 @@
-"""`vas train`: fit a value network to rollouts."""
+"""`vas train`: fit value networks to rollouts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 
 EXAMPLES = """examples:
   vas train MODEL --rollouts runs/mood --kind reader --out values/mood
-  vas train MODEL --rollouts runs/two --kind side --reward length --width 64 --out values/length"""
+  vas train MODEL --rollouts runs/two --kind side --reward length --width 64 --out values/length
+  vas train MODEL --rollouts runs/mood --kind model --backbone MODEL --out values/strong
+  vas train MODEL --rollouts runs/mood --kind reader --kind side --teacher values/strong --out values/taught
+  vas train MODEL --rollouts runs/mood --distributional --loss hl-gauss --lam 0.95 --out values/spread
 
-# Fine-tuning a whole language model wants smaller steps than training a small network.
-VALUE_MODEL_LR = 2e-4
+Give the same command with --resume to go on with a run that was interrupted. With several kinds each network has a
+folder of its own under --out, and the frozen model runs once for all of them."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to the `vas` parser."""
     parser = subparsers.add_parser(
         "train",
-        help="fit a value network to rollouts",
+        help="fit value networks to rollouts",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -32,31 +35,56 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--reward", action="append", metavar="NAME", help="a head for this reward (default: for each)")
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--kind", default="reader", help="reader (default), side, action, lookahead, side-lookahead or model"
+        "--kind",
+        action="append",
+        help="reader (default), side, action, lookahead, side-lookahead or model; may be repeated",
     )
     network.add_argument("--backbone", metavar="MODEL", help="what a value model (kind model) starts from")
+    network.add_argument("--lora-rank", type=int, metavar="R", help="train a value model by adapters (default: whole)")
     network.add_argument("--layers", type=int, nargs="+", help="base layers that a reader looks at")
     network.add_argument("--states", type=int, nargs="+", help="hidden states that the network reads")
     network.add_argument("--width", type=int, help="width of the network")
     network.add_argument("--depth", type=int, help="layers of a side network")
     network.add_argument("--queries", type=int, help="query heads of a reader's layer")
-    network.add_argument("--distributional", action="store_true", help="learn the reward's distribution")
     network.add_argument("--bounded", action="store_true", help="keep values within the reward's bounds")
+    network.add_argument("--distributional", action="store_true", help="learn the reward's distribution")
+    network.add_argument("--bins", type=int, help="atoms of a distributional head (default 51)")
     training = parser.add_argument_group("training")
     for name, kind, text in (
         ("epochs", int, "most passes over the rollouts"),
         ("batch-tokens", int, "tokens of a batch"),
         ("lr", float, "peak learning rate"),
         ("weight-decay", float, "of matrices"),
-        ("lam", float, "λ of TD(λ); 1 is Monte Carlo"),
+        ("lam", float, "λ of TD(λ); 1 (default) is Monte Carlo"),
         ("gamma", float, "discount per token"),
+        ("loss", str, "of distributional heads: two-hot (default) or hl-gauss"),
+        ("sigma", float, "of hl-gauss, in steps between atoms (default 0.75)"),
+        ("ema", float, "decay of the averaged weights, which are kept; 0: none"),
         ("holdout", float, "share held out"),
         ("holdout-by", str, "prompt, sample or auto"),
         ("patience", int, "epochs without progress before stopping early"),
         ("seed", int, "of initial weights, split and order"),
+        ("ratio-clip", float, "largest importance weight of guided rollouts (default 10)"),
+        ("cache-memory", str, "for the frozen model's states, kept over the epochs (default 1GiB; 0: none)"),
     ):
         training.add_argument(f"--{name}", type=kind, help=text)
     training.add_argument("--keep-on-interrupt", action="store_true", help="on Ctrl-C save the best so far")
+    training.add_argument("--resume", action="store_true", help="go on with what an interruption left in --out")
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher", metavar="FOLDER", help="value whose judgement of all candidates is learnt")
+    for name, kind, text in (
+        ("share", float, "of the loss; the rest is TD(λ) (default 1)"),
+        ("positions", int, "states of each response at which it judges (default 8)"),
+        ("candidates", int, "tokens that it judges there (default 20)"),
+        ("temperature", float, "of the model's probabilities that weigh them (default 2)"),
+    ):
+        teacher.add_argument(f"--teacher-{name}", type=kind, help=text)
+    report = parser.add_argument_group("report")
+    report.add_argument("--branch-points", type=int, metavar="N", help="held-out states to sample completions from")
+    report.add_argument("--branch-samples", type=int, metavar="M", default=16, help="completions of each (default 16)")
+    report.add_argument(
+        "--plot", action=argparse.BooleanOptionalAction, help="draw training.png (default: with matplotlib)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
@@ -65,45 +93,129 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
-    from vas_engine.errors import InvalidArgumentError
     from vas_engine.model.lm import CausalLM
     from vas_engine.tokenizer import load_tokenizer
-    from vas_engine.training.fit import FitConfig, fit, head_for
-    from vas_engine.training.network import SIZES, make_network
+    from vas_engine.training.base import read_states
+    from vas_engine.training.checkpoint import drop_checkpoint
+    from vas_engine.training.config import FitConfig
+    from vas_engine.training.fit import fit_all
+    from vas_engine.training.plots import can_plot, save_plots
     from vas_engine.training.report import save_report
     from vas_engine.training.rollouts import load_rollouts
-    from vas_engine.values.artifact import save_value
+    from vas_engine.values.artifact import load_value, save_value
 
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidArgumentError("out", args.out, "exists already; choose a new folder")
-    options = {
-        field.name: getattr(args, field.name) for field in dataclasses.fields(FitConfig) if hasattr(args, field.name)
-    }
-    if args.kind == "model" and args.lr is None:
-        options["lr"] = VALUE_MODEL_LR
-    config = FitConfig(**{name: option for name, option in options.items() if option is not None})
+    _check_out(args)
+    config = FitConfig(**_given(args, [field.name for field in dataclasses.fields(FitConfig)]))
     rollouts = load_rollouts(args.rollouts)
-    heads = [
-        head_for(rollouts, reward, distributional=args.distributional, bounded=args.bounded)
-        for reward in args.reward or rollouts.reward_names
-    ]
-    lm = CausalLM.load(args.model, device=args.device)
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    tokenizer = load_tokenizer(args.model, None, None, required=False)
-    network = make_network(lm, args.kind, heads, tokenizer=tokenizer, seed=config.seed, backbone=args.backbone, **sizes)
+    branching = _Branching(args, rollouts) if args.branch_points else None
+    tokenizer = load_tokenizer(args.model, None, None, required=branching is not None)
+    lm = branching.llm.lm if branching else CausalLM.load(args.model, device=args.device)
+    networks = _make_networks(args, config, rollouts, lm, tokenizer)
+    teacher = load_value(args.teacher, lm, tokenizer=tokenizer) if args.teacher else None
     try:
-        report = fit(lm, network, rollouts, config)
+        reports = fit_all(
+            lm,
+            networks,
+            rollouts,
+            config,
+            teacher=teacher,
+            states=read_states(args.rollouts, rollouts),
+            checkpoint=args.out,
+            resume=args.resume,
+        )
+        if branching:
+            reports = branching.judge(networks, reports, config)
     except KeyboardInterrupt:
-        print("interrupted: nothing is saved (--keep-on-interrupt keeps the best so far)", file=sys.stderr)
+        fix = f"what is finished lies in {args.out}; the same command with --resume goes on"
+        print(f"interrupted: {fix} (--keep-on-interrupt keeps the best so far)", file=sys.stderr)
         return 130
-    save_value(out, network)
-    save_report(out, report)
-    print(json.dumps(report.to_dict(), indent=2) if args.json else _readable(report, args.out))
+    several = len(networks) > 1
+    for network, report in zip(networks, reports, strict=True):
+        folder = Path(args.out) / report.kind if several else Path(args.out)
+        save_value(folder, network)
+        save_report(folder, report)
+        if can_plot() if args.plot is None else args.plot:
+            save_plots(folder, report)
+    drop_checkpoint(args.out)
+    if args.json:
+        found = [report.to_dict() for report in reports]
+        print(json.dumps(found if several else found[0], indent=2))
+    else:
+        print("\n".join([*map(_readable, reports), f"in {args.out}"]))
     return 0
 
 
-def _readable(report: Any, out: str) -> str:
+def _given(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    from vas_engine.errors import InvalidArgumentError
+    from vas_engine.training.checkpoint import CHECKPOINT_FILE
+
+    out = Path(args.out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / CHECKPOINT_FILE).exists():
+        raise InvalidArgumentError("out", args.out, "exists already; choose a new folder")
+    if not args.resume:
+        fix = "holds a fit that was interrupted; give --resume to go on with it, or choose a new folder"
+        raise InvalidArgumentError("out", args.out, fix)
+
+
+def _make_networks(args: argparse.Namespace, config: Any, rollouts: Any, lm: Any, tokenizer: Any) -> list[Any]:
+    from vas_engine.errors import InvalidArgumentError
+    from vas_engine.training.fit import head_for
+    from vas_engine.training.network import SIZES, make_network
+
+    kinds = args.kind or ["reader"]
+    if len(set(kinds)) < len(kinds):
+        raise InvalidArgumentError("kind", kinds, "name each kind once")
+    options: dict[str, Any] = {"distributional": args.distributional, "bounded": args.bounded}
+    if args.distributional:
+        options |= _given(args, ["bins"]) | {"sigma": config.spread}
+    else:
+        for name in ("loss", "sigma", "bins"):
+            if (value := getattr(args, name)) is not None:
+                raise InvalidArgumentError(name, value, "is for distributional heads; add --distributional")
+    heads = [head_for(rollouts, reward, **options) for reward in args.reward or rollouts.reward_names]
+    sizes = _given(args, list(SIZES))
+    return [
+        make_network(
+            lm,
+            kind,
+            heads,
+            tokenizer=tokenizer,
+            seed=config.seed,
+            backbone=args.backbone if kind == "model" or "model" not in kinds else None,
+            **(sizes if kind != "model" or len(kinds) == 1 else {}),
+        )
+        for kind in kinds
+    ]
+
+
+class _Branching:
+    """Completions from held-out states, sampled and rewarded by the means that made the rollouts."""
+
+    def __init__(self, args: argparse.Namespace, rollouts: Any) -> None:
+        from vas_engine.llm import LLM
+        from vas_engine.training.branching import load_rollout_rewards
+
+        self.points, self.samples, self.rollouts = args.branch_points, args.branch_samples, rollouts
+        self.rewards = load_rollout_rewards(rollouts, args.reward)
+        self.llm = LLM(args.model, device=args.device)
+
+    def judge(self, networks: list[Any], reports: list[Any], config: Any) -> list[Any]:
+        from vas_engine.training.branching import judge_branches, sample_branches
+
+        branches = sample_branches(self.llm, self.rollouts, self.rewards, self.points, self.samples, config)
+        return [
+            judge_branches(self.llm.lm, network, report, branches, config.gamma)
+            for network, report in zip(networks, reports, strict=True)
+        ]
+
+
+def _readable(report: Any) -> str:
     lines = [
         f"{report.kind}, {report.parameters:,} parameters, {report.train_rollouts} rollouts, "
         f"best epoch {report.best_epoch} of {len(report.epochs)}, {report.seconds:.0f} s"
@@ -113,4 +225,12 @@ def _readable(report: Any, out: str) -> str:
             f"  {name}: R² {head.r_squared:.3f} on {report.heldout_rollouts} held-out rollouts, "
             f"{head.r_squared_last_quarter:.3f} in their last quarter"
         )
-    return "\n".join([*lines, f"in {out}"])
+        if head.agreement is not None:
+            lines.append(f"  {name}: {head.agreement:.0%} of the teacher's differences between candidates are learnt")
+        if head.branching is not None and head.branching.r_squared is not None:
+            found = head.branching
+            lines.append(
+                f"  {name}: {found.r_squared:.0%} of what can be explained, by {found.points} states "
+                f"with {found.samples} completions each"
+            )
+    return "\n".join(lines)

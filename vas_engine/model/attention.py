@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 from vas_engine.errors import UnsupportedModelError, VASError
 from vas_engine.model.backend import PagedLayer
 from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.branches import Branches, branch_attention
 
 IMPLEMENTATION = "vas_engine"
 _STATE = "_vas_layer"
@@ -82,6 +83,7 @@ class AttentionState:
         mode: "off", "probe" (records), "paged" (rows of a batch over pages), "compiled" (the same, by the
             operator) or "dense" (whole sequences, causal).
         batch: the rows of the running forward, modes "paged" and "compiled"; None while code is compiled.
+        branches: rows behind those of the sequences, mode "dense"; None without any.
         layers: index -> what that attention module knows, once the probe has found them.
         scratch: keys and values [R, KVH, D] per layer of the last forward that had unslotted rows.
         kept: layer -> (keys, values) [B, KVH, T, D] of a dense forward, for the layers in ``keep``.
@@ -90,6 +92,7 @@ class AttentionState:
     def __init__(self) -> None:
         self.mode = "off"
         self.batch: AttentionBatch | None = None
+        self.branches: Branches | None = None
         self.pages: list[PagedLayer] = []
         self.scratch: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.keep: frozenset[int] = frozenset()
@@ -101,12 +104,14 @@ class AttentionState:
         self.handle = torch.tensor(number)
 
     @contextmanager
-    def running(self, mode: str, batch: AttentionBatch | None = None) -> Iterator[None]:
-        self.mode, self.batch = mode, batch
+    def running(
+        self, mode: str, batch: AttentionBatch | None = None, branches: Branches | None = None
+    ) -> Iterator[None]:
+        self.mode, self.batch, self.branches = mode, batch, branches
         try:
             yield
         finally:
-            self.mode, self.batch = "off", None
+            self.mode, self.batch, self.branches = "off", None, None
 
 
 class LayerState:
@@ -207,8 +212,15 @@ def _dense(
 ) -> torch.Tensor:
     if layer.index in state.keep:
         state.kept[layer.index] = (key, value)
-    assert layer.spec is not None
-    return dense_attention(query, key, value, layer.spec, dropout).transpose(1, 2)
+    spec, branches = layer.spec, state.branches
+    assert spec is not None
+    if branches is None:
+        return dense_attention(query, key, value, spec, dropout).transpose(1, 2)
+    # Dropout on the weights of branches is left out: they are scored, hardly ever trained through.
+    sizes = [query.shape[2] - branches.after.shape[1], branches.after.shape[1]]
+    (q, b_q), (k, b_k), (v, b_v) = (x.split(sizes, 2) for x in (query, key, value))
+    there = branch_attention(b_q, k, v, branches.after, (b_k, b_v), spec.scale, spec.softcap, spec.window)
+    return torch.cat([dense_attention(q, k, v, spec, dropout), there], 2).transpose(1, 2)
 
 
 def dense_attention(

@@ -16,6 +16,7 @@ from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, VASEr
 from vas_engine.model.attention import AttentionState, LayerSpec, attach
 from vas_engine.model.backend import resolve_backend
 from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.branches import Branches, positions_of
 from vas_engine.model.cache import KVCache, LayerShape
 from vas_engine.model.compiled import MAX_ROWS, CompiledFunction
 from vas_engine.model.fingerprint import vocabulary_hash, weights_hash
@@ -321,6 +322,7 @@ class CausalLM:
         states: Sequence[int] = (),
         kv_layers: Sequence[int] = (),
         logits: bool = False,
+        branches: Branches | None = None,
     ) -> DenseOutput:
         """Uncached forward over whole sequences, right padded; for training, and to test against.
 
@@ -329,6 +331,7 @@ class CausalLM:
                 only checked.
             states: hidden states wanted. kv_layers: layers whose keys and values are wanted. logits:
                 whether these are.
+            branches: run behind the sequences, in the same pass; all results then have T + P K rows.
 
         Gradients flow if the model's parameters want them (they do not unless asked to).
         """
@@ -339,10 +342,11 @@ class CausalLM:
         self._watch(states)
         state = self._state
         state.keep, state.kept = frozenset(kv_layers), {}
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
-        every = torch.arange(token_ids.shape[1], device=token_ids.device) if logits else None
-        with state.running("dense"):
-            scores = self._call(token_ids, positions, every)
+        positions = positions_of(token_ids, branches)
+        every = torch.arange(positions.shape[1], device=token_ids.device) if logits else None
+        with state.running("dense", branches=branches):
+            rows = token_ids if branches is None else branches.join(token_ids)
+            scores = self._call(rows, positions, every)
         hidden, last = self._take(states)
         kept, state.kept, state.keep = state.kept, {}, frozenset()
         return DenseOutput(

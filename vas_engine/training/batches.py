@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
+from vas_engine.training.returns import importance_weights
 from vas_engine.training.rollouts import Rollouts
 
 __all__ = ["Batch", "make_batch", "plan_batches", "split"]
@@ -25,15 +27,30 @@ class Batch:
     """Rollouts as tensors, B of them, padded on the right to T tokens.
 
     Attributes:
+        indices: their places among all rollouts.
         token_ids: int64 [B, T], prompt and response. lengths: int64 [B].
         first: int64 [B], the prompt's last position: the first state that is valued.
         rewards: float32 [B, M].
+        weights: float32 [B, T], how much each state counts: 1, or its importance weight where values guided the
+            sampling.
     """
 
+    indices: Sequence[int]
     token_ids: torch.Tensor
     lengths: torch.Tensor
     first: torch.Tensor
     rewards: torch.Tensor
+    weights: torch.Tensor
+
+    def rewarded(self, rewards: torch.Tensor) -> Batch:
+        """The same batch, and the very same tokens, with other rewards, given for all rollouts: [rollouts, M]."""
+        chosen = rewards[list(self.indices)].float()
+        return replace(self, rewards=chosen.to(self.token_ids.device))
+
+    def mean(self, losses: torch.Tensor) -> torch.Tensor:
+        """[B, T, M] -> [M], over the states that are valued, weighted."""
+        weights = self.weights[self.mask]
+        return weights @ losses[self.mask] / weights.sum()
 
     @property
     def last(self) -> torch.Tensor:
@@ -46,6 +63,11 @@ class Batch:
         return self._from(self.first)
 
     @property
+    def response_positions(self) -> torch.Tensor:
+        """int64 [B, T], tokens of the response behind each valued state: 0 for the prompt alone."""
+        return torch.arange(self.token_ids.shape[1], device=self.token_ids.device) - self.first[:, None]
+
+    @property
     def last_quarter(self) -> torch.Tensor:
         """bool [B, T], of those the ones with more than three quarters of the response behind them."""
         return self._from(self.first + 3 * (self.last - self.first) // 4 + 1) | self._from(self.last)
@@ -55,20 +77,32 @@ class Batch:
         return (positions >= start[:, None]) & (positions <= self.last[:, None])
 
 
-def make_batch(rollouts: Rollouts, indices: Sequence[int], rewards: torch.Tensor, device: torch.device) -> Batch:
+def make_batch(
+    rollouts: Rollouts,
+    indices: Sequence[int],
+    rewards: torch.Tensor,
+    device: torch.device,
+    ratio_clip: float = math.inf,
+) -> Batch:
     """Pad some rollouts into one batch.
 
     Args:
         indices: which of them.
         rewards: of all rollouts, [rollouts, M].
+        ratio_clip: largest importance weight.
     """
     rows = [rollouts.rollouts[index] for index in indices]
     tokens = [torch.tensor([*row.prompt_ids, *row.response_ids], dtype=torch.int64) for row in rows]
     lengths = torch.tensor([len(ids) for ids in tokens])
     first = torch.tensor([max(len(row.prompt_ids) - 1, 0) for row in rows])
     padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-    chosen = rewards[list(indices)].float()
-    return Batch(padded.to(device), lengths.to(device), first.to(device), chosen.to(device))
+    weights = torch.ones(padded.shape)
+    for place, row in enumerate(rows):
+        if row.log_ratios is not None:
+            states = importance_weights(torch.tensor(row.log_ratios), ratio_clip)
+            weights[place, int(first[place]) : int(lengths[place])] = states
+    padded, lengths, first, weights = (tensor.to(device) for tensor in (padded, lengths, first, weights))
+    return Batch(indices, padded, lengths, first, torch.empty(0), weights).rewarded(rewards)
 
 
 def plan_batches(

@@ -20,12 +20,13 @@ def value_loss(
     lam: float,
     gamma: float,
     bootstrap: torch.Tensor | None = None,
+    sigma: float = 0.0,
 ) -> torch.Tensor:
     """Loss of every position and head against its TD(λ) target.
 
     A scalar head has the λ-return as target. A distributional head has the λ-mixture of distributions, of
-    which the last is the reward itself, spread over two atoms; so it learns the distribution of rewards, not
-    of returns that have been averaged before.
+    which the last is the reward itself, spread over its neighbouring atoms; so it learns the distribution of
+    rewards, not of returns that have been averaged before.
 
     Args:
         heads: the network's heads.
@@ -35,6 +36,7 @@ def value_loss(
         lam, gamma: of the returns.
         bootstrap: output [B, T, O] whose predictions the targets use where λ < 1; by default ``output``
             itself.
+        sigma: how targets are spread over atoms: 0 for two-hot, else HL-Gauss (see `Heads.spread`).
 
     Returns:
         float32 [B, T, M]; what it says outside the episode's trained positions means nothing.
@@ -44,15 +46,15 @@ def value_loss(
     """
     rewards = rewards.to(output.dtype)
     if lam == 1.0:
-        return heads.loss(output, discounted_rewards(rewards, last, output.shape[1], gamma))
+        return heads.loss(output, discounted_rewards(rewards, last, output.shape[1], gamma), sigma)
     predictions = (output if bootstrap is None else bootstrap).detach()
-    losses = heads.loss(output, lambda_returns(heads.mean(predictions), rewards, last, lam, gamma))
+    losses = heads.loss(output, lambda_returns(heads.mean(predictions), rewards, last, lam, gamma), sigma)
     columns = list(losses.unbind(-1))
     for index, (part, distributional) in enumerate(zip(heads.slices, heads.distributional, strict=True)):
         if distributional:
             if gamma != 1.0:
                 raise InvalidArgumentError("gamma", gamma, "a distributional head with lam < 1 needs gamma=1")
-            spread = heads.two_hot(index, rewards[:, index])
+            spread = heads.spread(index, rewards[:, index], sigma)
             mixture = lambda_returns(predictions[..., part].softmax(-1), spread, last, lam)
             columns[index] = -(mixture * output[..., part].log_softmax(-1)).sum(-1)
     return torch.stack(columns, -1)

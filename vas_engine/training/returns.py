@@ -6,7 +6,7 @@ import torch
 
 from vas_engine.errors import InvalidArgumentError
 
-__all__ = ["discounted_rewards", "lambda_returns", "r_squared"]
+__all__ = ["discounted_rewards", "importance_weights", "lambda_returns", "r_squared"]
 
 
 def lambda_returns(
@@ -56,18 +56,41 @@ def discounted_rewards(rewards: torch.Tensor, last: torch.Tensor, length: int, g
     return lambda_returns(rewards.new_zeros(len(rewards), length, rewards.shape[1]), rewards, last, 1.0, gamma)
 
 
-def r_squared(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def importance_weights(log_ratios: torch.Tensor, clip: float) -> torch.Tensor:
+    """What a state of a guided response counts for the frozen model's values: π0 / π of all tokens still to come.
+
+    A function of the rest of the response, weighted so, has the mean that it has when the frozen model goes on from
+    that state, whoever wrote the state's own tokens (per-decision importance sampling, Precup et al. 2000). So it
+    holds for λ-returns as for rewards. Weights are clipped from above, which trades variance for a bias towards the
+    guided policy's own values.
+
+    Args:
+        log_ratios: log π - log π0 of the tokens of one response, float [L].
+        clip: largest weight.
+
+    Returns:
+        float [L + 1], for the states from the prompt alone to the whole response, whose weight is 1.
+    """
+    to_come = torch.cat([log_ratios, log_ratios.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    # The state behind i tokens has the ratios i to L - 1 to come; the zero stands for the end.
+    return (-to_come).exp().clamp(max=clip)
+
+
+def r_squared(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Share of the targets' variance that predictions explain: 1 for perfect ones, 0 for their mean.
 
     The mean is that of these very targets, so no constant predictor can do better than 0.
 
     Args:
         predictions, targets: float [N, M].
+        weights: of the rows, float [N]; all alike if left out.
 
     Returns:
         float64 [M]; NaN where the targets do not vary.
     """
     predictions, targets = predictions.double(), targets.double()
-    residual = (predictions - targets).square().sum(0)
-    variation = (targets - targets.mean(0)).square().sum(0)
+    shares = torch.ones(len(targets), dtype=torch.float64) if weights is None else weights.double()
+    shares = (shares / shares.sum()).to(targets.device)
+    residual = shares @ (predictions - targets).square()
+    variation = shares @ (targets - shares @ targets).square()
     return torch.where(variation > 0, 1.0 - residual / variation, torch.nan)

@@ -105,6 +105,12 @@ class HeadConfig:
         return self.support.bins if self.support else 1
 
     @property
+    def scale(self) -> float:
+        """Unit of errors: the width of a bounded head's interval or support, else ``std``. The reward's units."""
+        low, high = self.interval
+        return high - low if math.isfinite(high - low) else abs(self.std)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Bounds of V in the reward's units, ``(-inf, inf)`` when there are none."""
         if self.support:

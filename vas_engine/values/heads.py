@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.values.config import HeadConfig, ValueConfig
+from vas_engine.values.config import HeadConfig, Support, ValueConfig
 
 # Zero rows (the hidden state of the empty prefix) stay zero; states of ordinary size are not changed by it.
 NORM_EPS = 1e-6
@@ -167,16 +167,17 @@ class Heads(nn.Module):
             utilities[..., index] = torch.where(optimal, exact, utilities[..., index])
         return utilities
 
-    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, output: Tensor, targets: Tensor, sigma: float = 0.0) -> Tensor:
         """Training loss of every row and head, unreduced, differentiable.
 
         Scalar heads: half the squared error in units of the head's ``std`` (of the interval's width for a
             bounded one).
-        Distributional heads: cross-entropy to the target split over its two neighbouring atoms.
+        Distributional heads: cross-entropy to the target spread over its neighbouring atoms.
 
         Args:
             output: [..., O] float32 from ``forward``.
             targets: [..., M] float, in the reward's units.
+            sigma: see ``spread``.
 
         Returns:
             [..., M] float32.
@@ -186,11 +187,46 @@ class Heads(nn.Module):
             target = targets[..., index].to(output.dtype)
             if head.support is not None:
                 log_p = torch.log_softmax(output[..., part], -1)
-                losses.append(-(self.two_hot(index, target) * log_p).sum(-1))
+                losses.append(-(self.spread(index, target, sigma) * log_p).sum(-1))
                 continue
-            scale = head.bounds[1] - head.bounds[0] if head.bounds else abs(head.std)
-            losses.append(0.5 * ((self._mean(index, output[..., part]) - target) / scale).square())
+            error = self._mean(index, output[..., part]) - target
+            losses.append(0.5 * (error / head.scale).square())
         return torch.stack(losses, -1)
+
+    def spread(self, index: int, target: Tensor, sigma: float = 0.0) -> Tensor:
+        """A target as probabilities of the atoms: two-hot, or with ``sigma`` a Gaussian around it (HL-Gauss).
+
+        Args:
+            index: a distributional head.
+            target: [...] float, the reward's units.
+            sigma: of that Gaussian, in steps between atoms.
+
+        Returns:
+            [..., bins] probabilities.
+        """
+        return self.hl_gauss(index, target, sigma) if sigma else self.two_hot(index, target)
+
+    def hl_gauss(self, index: int, target: Tensor, sigma: float) -> Tensor:
+        """A Gaussian around each target, integrated over the atoms' bins and truncated to all of them (Imani and
+        White 2018, section 3; Farebrother et al. 2024, equation 4).
+
+        Neighbouring atoms share what one sample teaches, unlike in ``two_hot``. The mean is kept where the support
+        reaches some three sigmas beyond the target; targets are clipped to the support.
+
+        Args:
+            index: a distributional head.
+            target: [...] float, the reward's units.
+            sigma: standard deviation in steps between atoms.
+
+        Returns:
+            [..., bins] probabilities.
+        """
+        support = self._support(index)
+        step = (support.max - support.min) / (support.bins - 1)
+        place = ((target - support.min) / step).clamp(0, support.bins - 1).unsqueeze(-1)
+        edges = torch.arange(support.bins + 1, dtype=target.dtype, device=target.device) - 0.5
+        below = torch.special.ndtr((edges - place) / sigma)
+        return below.diff() / (below[..., -1:] - below[..., :1])
 
     def two_hot(self, index: int, target: Tensor) -> Tensor:
         """Splits targets over their two neighbouring atoms so that the mean is kept; clipped to the support.
@@ -202,9 +238,7 @@ class Heads(nn.Module):
         Returns:
             [..., bins] probabilities.
         """
-        support = self.configs[index].support
-        if support is None:
-            raise InvalidArgumentError("index", index, "this head is scalar and has no atoms")
+        support = self._support(index)
         step = (support.max - support.min) / (support.bins - 1)
         place = ((target - support.min) / step).clamp(0, support.bins - 1)
         lower = place.floor().clamp(max=support.bins - 2)
@@ -213,3 +247,9 @@ class Heads(nn.Module):
         result = torch.zeros(*target.shape, support.bins, dtype=target.dtype, device=target.device)
         result.scatter_(-1, lower, 1 - fraction)
         return result.scatter_(-1, lower + 1, fraction)
+
+    def _support(self, index: int) -> Support:
+        support = self.configs[index].support
+        if support is None:
+            raise InvalidArgumentError("index", index, "this head is scalar and has no atoms")
+        return support

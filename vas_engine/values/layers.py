@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.branches import Branches, branch_attention
 from vas_engine.model.cache import KVCache
 from vas_engine.model.lm import CausalLM, DenseOutput
 from vas_engine.values.config import ValueConfig
@@ -133,26 +134,48 @@ class PagedAttention:
 
 
 class DenseAttention:
-    """Whole sequences, uncached, with autograd; rows are the B * T positions. Padding is never seen by
-    what precedes it.
+    """Whole sequences and the branches behind them, uncached, with autograd. Padding is never seen by what
+    precedes it.
+
+    Args:
+        dense: the base model's, with the keys and values of the layers that are read.
+        positions: int64 [B, S], of all rows: S is T without branches.
+        length: T.
     """
 
-    def __init__(self, lm: CausalLM, dense: DenseOutput, batch: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self, lm: CausalLM, dense: DenseOutput, positions: Tensor, length: int, branches: Branches | None = None
+    ) -> None:
         self.lm, self.dense = lm, dense
-        self.size = (batch, length)
-        self.positions = torch.arange(length, device=device).repeat(batch)
+        self.size, self.length = positions.shape, length
+        self.after = None if branches is None else branches.after
+        self.positions = positions.flatten()
 
     def read(self, layer: int, queries: Tensor) -> Tensor:
-        keys, values = self.dense.keys[layer], self.dense.values[layer]
-        rotated = self.lm.rotate(queries.to(keys.dtype), self.positions, layer)
-        rotated = rotated.unflatten(0, self.size).transpose(1, 2)
-        seen = strictly_causal(rotated, keys, values, self.lm.layers[layer].window)
+        keys, values = (kept[layer][:, :, : self.length] for kept in (self.dense.keys, self.dense.values))
+        window = self.lm.layers[layer].window
+        rotated = self._lay(self.lm.rotate(queries.to(keys.dtype), self.positions, layer))
+        seen = strictly_causal(rotated[:, :, : self.length], keys, values, window)
+        if self.after is not None:
+            there = rotated[:, :, self.length :]
+            scale = queries.shape[-1] ** -0.5
+            seen = torch.cat([seen, branch_attention(there, keys, values, self.after, None, scale, 0.0, window)], 2)
         return seen.transpose(1, 2).flatten(0, 1).to(queries.dtype)
 
     def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, self.size).transpose(1, 2) for x in (q, k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v = self._lay(q), self._lay(k), self._lay(v)
+        sizes = [self.length, self.size[1] - self.length]
+        (first, q), (keys, k), (values, v) = (x.split(sizes, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        seen = F.scaled_dot_product_attention(first, keys, values, is_causal=True, enable_gqa=grouped)
+        if self.after is not None:
+            scale = q.shape[-1] ** -0.5
+            seen = torch.cat([seen, branch_attention(q, keys, values, self.after, (k, v), scale)], 2)
         return seen.transpose(1, 2).flatten(0, 1)
+
+    def _lay(self, x: Tensor) -> Tensor:
+        """[B * S, H, D] -> [B, H, S, D]."""
+        return x.unflatten(0, self.size).transpose(1, 2)
 
 
 def strictly_causal(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:

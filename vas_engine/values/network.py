@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vas_engine.errors import InvalidArgumentError, VASError
+from vas_engine.model.branches import Branches, positions_of
 from vas_engine.model.cache import KVCache, LayerShape
 from vas_engine.values.base import base_fingerprint, check_base
 from vas_engine.values.config import PLACE_FEATURES, ValueConfig
@@ -233,7 +234,7 @@ class ValueNetwork(nn.Module):
 
     # -- training
 
-    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor, branches: Branches | None = None) -> Tensor:
         """Values of all prefixes at once, uncached, with autograd through the network and none through the
         base.
 
@@ -241,27 +242,38 @@ class ValueNetwork(nn.Module):
             lm: the base model.
             tokens: int64 [B, T], padded on the right with any valid token.
             lengths: int64 [B].
+            branches: candidates to value in the same pass.
 
         Returns:
-            [B, T, O] float32; entry p values ``tokens[:p + 1]``. Entries from ``lengths`` on mean nothing.
+            [B, T, O] float32; entry p values ``tokens[:p + 1]``. Entries from ``lengths`` on mean nothing. With
+            branches [B, T + P K, O].
         """
         self._table = None
+        batch, length = tokens.shape
+        lookahead = self.config.input == "lookahead"
+        positions = positions_of(tokens, branches)
         with torch.no_grad():
-            dense = lm.dense(tokens, lengths, states=self.states, kv_layers=self.config.layers)
+            # Only a network that reads the states after a token needs the base to run the branches.
+            looked = branches if lookahead else None
+            dense = lm.dense(tokens, lengths, states=self.states, kv_layers=self.config.layers, branches=looked)
             states = torch.stack([dense.hidden[index] for index in self.states], 2)
-            embedded = self._embed(lm, tokens) if self.embed_weight is not None else None
+            states = states[:, : positions.shape[1] if lookahead else length]
+            rows = tokens if branches is None else branches.join(tokens)
+            embedded = self._embed(lm, rows) if self.embed_weight is not None else None
         x = self._project(states, self.state_weight)
         if embedded is not None:
             # The state before the first token is the empty prefix: zeros, which the projection keeps.
             assert self.embed_weight is not None
-            x = F.pad(x[:, :-1], (0, 0, 1, 0)) + F.linear(embedded, self.embed_weight)
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            if branches is not None:
+                after = branches.after[..., None].expand(-1, -1, x.shape[-1])
+                before = torch.cat([before, x.gather(1, after)], 1)
+            x = before + F.linear(embedded, self.embed_weight)
         if self.place_weight is not None:
-            places = torch.arange(tokens.shape[1], device=tokens.device)
-            x = x + F.linear(place_features(places), self.place_weight)
+            x = x + F.linear(place_features(positions), self.place_weight)
         if self.layers:
-            batch, length = tokens.shape
-            attention = DenseAttention(lm, dense, batch, length, tokens.device)
-            x = self._run(x.flatten(0, 1), attention, self.layers).unflatten(0, (batch, length))
+            attention = DenseAttention(lm, dense, positions, length, branches)
+            x = self._run(x.flatten(0, 1), attention, self.layers).unflatten(0, (batch, -1))
         return self.heads(x)
 
 

@@ -12,6 +12,7 @@ from vas_engine.values.heads import Heads
 
 if TYPE_CHECKING:
     from vas_engine.model.batch import AttentionBatch
+    from vas_engine.model.branches import Branches
     from vas_engine.model.cache import KVCache, LayerShape
     from vas_engine.model.lm import CausalLM
 
@@ -85,5 +86,8 @@ class Scorer(Protocol):
         without own pages.
         """
 
-    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Head output [B, T, O] float32 with autograd; entry p values the state ``tokens[:p + 1]``."""
+    def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor, branches: Branches | None = None) -> Tensor:
+        """Head output [B, T, O] float32 with autograd; entry p values the state ``tokens[:p + 1]``.
+
+        With branches [B, T + P K, O]: the entries behind the T value what these continue, place by place.
+        """

@@ -20,6 +20,7 @@ from vas_engine.values.heads import Heads
 
 if TYPE_CHECKING:
     from vas_engine.model.batch import AttentionBatch
+    from vas_engine.model.branches import Branches
     from vas_engine.model.cache import KVCache, LayerShape
 
 
@@ -182,6 +183,8 @@ class ValueModel(nn.Module):
         """K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n])."""
         self.lm_of_values.commit(rows, slots)
 
-    def train_values(self, lm: CausalLM | None, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Head output [B, T, O] float32 with autograd through heads and backbone; ``lm`` is not read."""
-        return self.heads(self.lm_of_values.dense(tokens, lengths).last_hidden)
+    def train_values(
+        self, lm: CausalLM | None, tokens: Tensor, lengths: Tensor, branches: Branches | None = None
+    ) -> Tensor:
+        """Head output [B, T (+ P K), O] float32 with autograd through heads and backbone; ``lm`` is not read."""
+        return self.heads(self.lm_of_values.dense(tokens, lengths, branches=branches).last_hidden)

@@ -1,0 +1,118 @@
+"""`vas train` from end to end, on a random model of sixteen words."""
+
+import json
+
+import pytest
+
+from vas_engine.cli import main
+from vas_engine.training import plots
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "prompts.txt").write_text("good dog\nthe cat ran and\n")
+    command = ["collect", str(model_folder), "--prompts", str(folder / "prompts.txt"), "--out", str(folder / "run")]
+    options = ["--reward", "mood=vader", "--reward", "words=length", "--samples", "100", "--max-tokens", "12"]
+    assert main([*command, *options, "--hidden-states", "--device", "cpu"]) == 0
+    return folder
+
+
+@pytest.fixture
+def train(model_folder, runs, capsys):
+    def train(*options: str, out: str) -> tuple[int, str, str]:
+        common = ["train", str(model_folder), "--rollouts", str(runs / "run"), "--out", str(runs / out)]
+        capsys.readouterr()
+        status = main([*common, "--device", "cpu", "--epochs", "2", "--holdout", "0.3", *options])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return train
+
+
+def test_a_teacher_and_two_pupils(train, runs, model_folder):
+    options = ("--kind", "model", "--backbone", str(model_folder), "--lora-rank", "2", "--no-plot")
+    status, out, _ = train(*options, "--json", out="strong")
+    assert status == 0
+    report = json.loads(out)
+    assert (report["kind"], report["base"], set(report["heads"])) == ("model", "none", {"mood", "words"})
+    pupils = ("--kind", "reader", "--kind", "side", "--reward", "words", "--teacher", str(runs / "strong"))
+    status, out, _ = train(*pupils, "--branch-points", "4", "--branch-samples", "3", out="taught")
+    assert status == 0
+    assert "of the teacher's differences" in out
+    for kind in ("reader", "side"):
+        files = {path.name for path in (runs / "taught" / kind).iterdir()}
+        assert files == {"config.json", "value.safetensors", "training.json", "training.png"}
+        report = json.loads((runs / "taught" / kind / "training.json").read_text())
+        assert (report["kind"], report["teacher"], report["base"]) == (kind, "model", "memory")
+        head = report["heads"]["words"]
+        assert head["agreement"] is not None
+        assert head["branching"]["points"] == 4
+        assert sum(part["count"] for part in head["calibration"]) == sum(part["count"] for part in head["by_position"])
+    assert {path.name for path in (runs / "taught").iterdir()} == {"reader", "side"}
+    assert (runs / "taught" / "side" / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_states_and_a_distribution(train, runs):
+    options = ("--kind", "action", "--states", "2", "--distributional", "--loss", "hl-gauss", "--bins", "21")
+    status, out, _ = train(*options, "--lam", "0.9", "--json", out="spread")
+    assert status == 0
+    report = json.loads(out)
+    assert (report["base"], report["settings"]["loss"], report["settings"]["ema"]) == ("saved", "hl-gauss", 0.99)
+    config = json.loads((runs / "spread" / "config.json").read_text())
+    assert [head["support"]["bins"] for head in config["heads"]] == [21, 21]
+
+
+def test_interrupted_and_resumed(train, runs, monkeypatch):
+    from vas_engine.training.course import Course
+
+    evaluate, calls = Course.evaluate, []
+
+    def interrupting(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(Course, "evaluate", interrupting)
+    status, _, err = train(out="resumed")
+    assert status == 130
+    assert "--resume goes on" in err
+    assert "checkpoint.json" in {path.name for path in (runs / "resumed").iterdir()}
+    monkeypatch.undo()
+    status, _, err = train(out="resumed")
+    assert status != 0
+    assert "--resume" in err
+    assert train("--resume", out="resumed")[0] == 0
+    assert train(out="whole")[0] == 0
+    weights = [(runs / name / "value.safetensors").read_bytes() for name in ("resumed", "whole")]
+    assert weights[0] == weights[1]
+    assert not list((runs / "resumed").glob("checkpoint*"))
+    status, _, err = train("--resume", out="resumed")
+    assert status != 0
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--bins", "9"), "--distributional"),
+        (("--kind", "side", "--kind", "side"), "name each kind once"),
+        (("--lora-rank", "2"), "only a network of kind 'model'"),
+        (("--reward", "mod"), "did you mean 'mood'"),
+        (("--teacher", "nowhere"), "no such folder"),
+    ],
+)
+def test_what_cannot_work(train, options, said):
+    status, _, err = train(*options, out="nothing")
+    assert status != 0
+    assert said in err
+
+
+def test_plots_need_matplotlib_only_when_asked_for(train, monkeypatch, runs):
+    monkeypatch.setattr(plots, "can_plot", lambda: False)
+    assert train("--epochs", "1", out="plain")[0] == 0
+    assert not (runs / "plain" / "training.png").exists()
+    status, _, err = train("--plot", "--epochs", "1", out="asked")
+    assert status != 0
+    assert "vas-engine[plot]" in err

@@ -1,0 +1,105 @@
+"""Settings of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vas_engine import arguments
+from vas_engine.errors import InvalidArgumentError
+
+__all__ = ["LOSSES", "FitConfig"]
+
+LOSSES = ("two-hot", "hl-gauss")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of a fit.
+
+    Attributes:
+        epochs: most passes over the rollouts.
+        batch_tokens: padded tokens of a batch.
+        lr: peak learning rate, after ``warmup`` (a share of all steps) and before a cosine down to 0. None: 2e-3,
+            2e-4 for a value model (a whole language model wants smaller steps), 1e-3 for its LoRA.
+        weight_decay: of matrices; biases and gains have none.
+        lam: λ of TD(λ); 1 is Monte Carlo.
+        gamma: discount per token.
+        loss: of distributional heads: "two-hot", or "hl-gauss" with ``sigma`` in steps between atoms (Farebrother
+            et al. 2024 found 0.75 to do well).
+        ema: decay per step of a moving average of the weights. The average gives the predictions that TD(λ < 1)
+            bootstraps from (the target network), and is what is validated and kept. 0: none, None: 0.99 where
+            λ < 1, else none.
+        lora_rank: train value models by low-rank adapters of this rank, merged at the end; None: whole.
+        teacher_share: share of the loss that comes from the teacher, where there is one; the rest is TD(λ).
+        teacher_positions: states of each response at which the teacher scores candidates, drawn anew each time.
+        teacher_candidates: how many of the base model's most probable tokens it scores there.
+        teacher_temperature: of the base model's probabilities that weigh candidates. Guided policies take tokens
+            that the base finds less likely, hence above 1.
+        holdout: share of the rollouts held out.
+        holdout_by: "prompt", "sample" or "auto" (see `vas_engine.training.batches.split`).
+        patience: stop after this many epochs without a better held-out score; None never stops early.
+        grad_clip: largest norm of a gradient.
+        ratio_clip: largest importance weight of a state whose rollout carries log-ratios (see
+            `vas_engine.training.returns.importance_weights`).
+        cache_memory: bytes, or a text such as "1GiB", that what is read of the base model may take; it is then run
+            once for all epochs instead of in each. 0: never kept.
+        keep_on_interrupt: on Ctrl-C end as if the epochs were over, with the best so far; else it is raised.
+    """
+
+    epochs: int = 4
+    batch_tokens: int = 2048
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    lam: float = 1.0
+    gamma: float = 1.0
+    loss: str = "two-hot"
+    sigma: float = 0.75
+    ema: float | None = None
+    lora_rank: int | None = None
+    teacher_share: float = 1.0
+    teacher_positions: int = 8
+    teacher_candidates: int = 20
+    teacher_temperature: float = 2.0
+    holdout: float = 0.1
+    holdout_by: str = "auto"
+    seed: int = 0
+    patience: int | None = None
+    grad_clip: float = 1.0
+    ratio_clip: float = 10.0
+    cache_memory: int | str = "1GiB"
+    keep_on_interrupt: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_tokens", "patience", "lora_rank", "teacher_positions", "teacher_candidates"):
+            if getattr(self, name) is not None:
+                arguments.integer(name, getattr(self, name), 1)
+        for name in ("lr", "grad_clip", "sigma", "teacher_temperature", "ratio_clip"):
+            if getattr(self, name) is not None:
+                arguments.real(name, getattr(self, name), 0, above_low=True)
+        for name in ("lam", "gamma", "warmup", "teacher_share"):
+            arguments.real(name, getattr(self, name), 0, 1)
+        arguments.real("weight_decay", self.weight_decay, 0)
+        arguments.choice("loss", self.loss, LOSSES)
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InvalidArgumentError("ema", self.ema, "give a decay from 0 (none) to below 1, such as 0.99")
+        if not 0 < self.holdout < 1:
+            raise InvalidArgumentError("holdout", self.holdout, "give a share between 0 and 1")
+        if self.cache_memory != 0:
+            arguments.size_in_bytes("cache_memory", self.cache_memory)
+
+    @property
+    def spread(self) -> float:
+        """The ``sigma`` of `Heads.loss`: 0 for two-hot."""
+        return self.sigma if self.loss == "hl-gauss" else 0.0
+
+    @property
+    def decay(self) -> float:
+        """Of the average, with its default worked out."""
+        if self.ema is None:
+            return 0.99 if self.lam < 1 else 0.0
+        return self.ema
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self.cache_memory == 0 else arguments.size_in_bytes("cache_memory", self.cache_memory)

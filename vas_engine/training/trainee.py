@@ -1,0 +1,200 @@
+"""A network in training: its optimiser, its average, the best weights so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from vas_engine.errors import NonFiniteError
+from vas_engine.training.average import Average
+from vas_engine.training.base import FrozenBase
+from vas_engine.training.batches import Batch
+from vas_engine.training.config import FitConfig
+from vas_engine.training.distill import Lesson, Teacher
+from vas_engine.training.lora import Adapters
+from vas_engine.training.loss import value_loss
+from vas_engine.training.report import EpochReport
+from vas_engine.training.rollouts import Rollouts
+from vas_engine.values.value_model import ValueModel
+
+__all__ = ["Trainee"]
+
+LR, VALUE_MODEL_LR, LORA_LR = 2e-3, 2e-4, 1e-3
+
+
+class Trainee:
+    """One network, its rewards and how far it has come.
+
+    Weights in half precision are trained in float32: steps would be lost in their rounding.
+    """
+
+    def __init__(
+        self, base: FrozenBase, network: Any, rollouts: Rollouts, config: FitConfig, teacher: Teacher | None
+    ) -> None:
+        self.base, self.network, self.config, self.teacher = base, network, config, teacher
+        self.heads = network.heads
+        self.rewards = rollouts.rewards([head.reward or head.name for head in network.config.heads])
+        if teacher is not None:
+            teacher.columns(self.heads)
+        self.weights: dict[str, torch.nn.Parameter] = {}
+        self.adapters: Adapters | None = None
+        self.average: Average | None = None
+        self.epochs: list[EpochReport] = []
+        self.best_epoch, self.best_score = 0, -math.inf
+        self.best: dict[str, torch.Tensor] = {}
+
+    def begin(self, steps: int) -> None:
+        """Get ready for that many steps."""
+        is_model, rank = isinstance(self.network, ValueModel), self.config.lora_rank
+        if rank and is_model:
+            self.adapters = Adapters(self.network, rank)
+        self.weights = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.dtypes = {name: p.dtype for name, p in self.weights.items()}
+        for parameter in self.weights.values():
+            parameter.data = parameter.data.float()
+        parameters = list(self.weights.values())
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        default = (LORA_LR if rank else VALUE_MODEL_LR) if is_model else LR
+        self.lr = self.config.lr or default
+        self.optimiser = torch.optim.AdamW(groups, lr=self.lr)
+        self.total, self.steps = steps, 0
+        if self.config.decay:
+            self.average = Average(parameters, self.config.decay)
+
+    def _rate(self) -> float:
+        """The learning rate of the step to come: up in a line, then down in half a cosine."""
+        warmup = max(round(self.config.warmup * self.total), 1)
+        if self.steps < warmup:
+            return self.lr * (self.steps + 1) / warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (self.steps - warmup) / max(self.total - warmup, 1)))
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """The network as it is validated and kept: the average of its weights where there is one."""
+        with self.average.standing_in() if self.average else nullcontext():
+            yield
+
+    def step(self, batch: Batch, lesson: Lesson | None) -> float:
+        """One update; returns the loss, a mean over positions and heads."""
+        bootstrap = self._bootstrap(batch)
+        branches = lesson.branches if lesson else None
+        output = self.network.train_values(self.base, batch.token_ids, batch.lengths, branches)
+        states = branches.split(output)[0] if branches else output
+        config = self.config
+        losses = value_loss(
+            self.heads, states, batch.rewards, batch.last, config.lam, config.gamma, bootstrap, config.spread
+        )
+        losses = batch.mean(losses)
+        if lesson is not None and self.teacher is not None:
+            share = losses.new_tensor([self._teacher_share(index) for index in range(len(losses))])
+            losses = (1 - share) * losses + config.teacher_share * self.teacher.loss(self.heads, output, lesson, batch)
+        loss = losses.mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)}: lower lr={self.lr:g} or look for odd rewards")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), config.grad_clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate()
+        self.optimiser.step()
+        self.steps += 1
+        if self.average:
+            self.average.update()
+        return float(loss.detach())
+
+    def _teacher_share(self, index: int) -> float:
+        """Of a head: a distribution that the teacher does not know is learnt from the returns all the same."""
+        assert self.teacher is not None
+        returns = self.heads.distributional[index] and not self.teacher.knows_distribution(self.heads, index)
+        return 0.0 if returns else self.config.teacher_share
+
+    @torch.no_grad()
+    def _bootstrap(self, batch: Batch) -> torch.Tensor | None:
+        """The target network's output; None for the network's own, or where nothing is bootstrapped."""
+        if self.average is None or self.config.lam == 1.0:
+            return None
+        with self.average.standing_in():
+            return self.network.train_values(self.base, batch.token_ids, batch.lengths)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, lesson: Lesson | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V in the rewards' units, float32: of all states [B, T, M] and of a lesson's candidates [B, P, K, M]."""
+        branches = lesson.branches if lesson else None
+        values = self.heads.mean(self.network.train_values(self.base, batch.token_ids, batch.lengths, branches))
+        return (values, None) if branches is None else branches.split(values)
+
+    def finish_epoch(self, epoch: EpochReport) -> None:
+        """Note how the epoch went, and keep the weights if it was the best."""
+        self.epochs.append(epoch)
+        scores = epoch.agreement or epoch.r_squared
+        if sum(scores.values()) > self.best_score:
+            self.best_epoch, self.best_score = epoch.epoch, sum(scores.values())
+            with self.judged():
+                self.best = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    def restore_best(self) -> None:
+        """The best epoch's weights, for good."""
+        for name, tensor in self.best.items():
+            self.weights[name].data.copy_(tensor)
+        self.average = None
+
+    def end(self, keep: bool) -> None:
+        """The network in its own dtype and with its own modules again; adapters leave a trace only if ``keep``."""
+        for name, parameter in self.weights.items():
+            parameter.data = parameter.data.to(self.dtypes[name])
+        if self.adapters is not None:
+            self.adapters.remove(merge=keep)
+
+    # -- to be put away and taken up again
+
+    def progress(self) -> dict[str, Any]:
+        """Plain JSON values: all but the tensors."""
+        return {
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "average_steps": self.average.steps if self.average else 0,
+            "steps": self.steps,
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights, their average, the best ones, and the optimiser's state."""
+        tensors = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        if self.average:
+            pairs = zip(self.weights, self.average.tensors, strict=True)
+            tensors |= {f"average.{name}": tensor for name, tensor in pairs}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
+        return tensors
+
+    def resume(self, progress: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `progress` and `tensors` gave, after `begin`."""
+        self.best_epoch, self.best_score = progress["best_epoch"], progress["best_score"]
+        self.epochs = [EpochReport(**epoch) for epoch in progress["epochs"]]
+        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "best": {}, "average": {}, "optimiser": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        for name, parameter in self.weights.items():
+            parameter.data.copy_(parts["weights"][name])
+        device = next(iter(self.weights.values())).device
+        self.best = {name: tensor.to(device) for name, tensor in parts["best"].items()}
+        if self.average:
+            self.average.steps = progress["average_steps"]
+            for name, tensor in zip(self.weights, self.average.tensors, strict=True):
+                tensor.copy_(parts["average"][name])
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in parts["optimiser"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.steps = progress["steps"]
