@@ -20,12 +20,14 @@ class Logprob:
         tilted_logprob: under the distribution the token was drawn from; equal to `logprob` without values.
         rank: 1 for the most probable token of the base distribution; None where it is beyond those looked at.
         decoded_token: the token's text by itself.
+        values: {name: value of the state after this token}; empty where no value looked at it.
     """
 
     logprob: float
     tilted_logprob: float | None
     rank: int | None
     decoded_token: str | None = None
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -37,12 +39,13 @@ class CompletionOutput:
         text: the completion; empty where the model came without a tokenizer.
         token_ids: every generated token, also an ending EOS and those of a stop string.
         finish_reason: "stop", "length", "error", "abort", or None while it grows.
-        stop_reason: the stop string or the stop token id that ended it; None for EOS.
+        stop_reason: the stop string or the stop token id that ended it, or "deadline"; None for EOS.
         cumulative_logprob: sum over the tokens of their base log-probability, in nats.
         cumulative_tilted_logprob: the same under the tilted distribution; None where pruning skipped
             candidates (ask for `logprobs`, `report_kl` or `prune=False`).
         logprobs: one {token id: Logprob} per token, on request.
         values: {name: [value of the state after each token]}, in units of the reward.
+        prompt_values: {name: value of the prompt}, known with the first token.
         kl: sum of the steps' exact KL(tilted || base) in nats, on request.
         seed: repeats this very completion as a request of its own.
         hidden_states: final hidden states [positions, hidden size] of prompt and completion, on request.
@@ -58,6 +61,7 @@ class CompletionOutput:
     cumulative_tilted_logprob: float | None = 0.0
     logprobs: list[dict[int, Logprob]] | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
+    prompt_values: dict[str, float] = field(default_factory=dict)
     kl: float | None = None
     seed: int | None = None
     hidden_states: torch.Tensor | None = None
@@ -87,6 +91,7 @@ class CompletionOutput:
             "cumulative_logprob": _number(self.cumulative_logprob),
             "cumulative_tilted_logprob": _number(self.cumulative_tilted_logprob),
             "values": {name: [_number(v) for v in series] for name, series in self.values.items()},
+            "prompt_values": {name: _number(v) for name, v in self.prompt_values.items()},
             "kl": _number(self.kl),
             "seed": self.seed,
         }
@@ -101,6 +106,7 @@ class RequestMetrics:
 
     Attributes:
         value_evaluations: rows that value networks scored for this request's tokens, over all completions.
+        limited_tokens: tokens for which a latency bound or deadline left out candidates that could have won.
     """
 
     arrival: float = 0.0
@@ -109,6 +115,7 @@ class RequestMetrics:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     value_evaluations: int = 0
+    limited_tokens: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -125,6 +132,7 @@ class RequestMetrics:
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "value_evaluations": self.value_evaluations,
+            "limited_tokens": self.limited_tokens,
             "time_to_first_token": self.time_to_first_token,
             "latency": self.latency,
         }
@@ -186,6 +194,7 @@ def _logprob_records(position: dict[int, Logprob]) -> list[dict[str, Any]]:
             "logprob": _number(entry.logprob),
             "tilted_logprob": _number(entry.tilted_logprob),
             "rank": entry.rank,
+            "values": {name: _number(value) for name, value in entry.values.items()},
         }
         for token, entry in position.items()
     ]

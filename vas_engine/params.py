@@ -64,6 +64,7 @@ class SamplingParams:
         values: {name of a value: weight}, the tilt's strength per unit of reward, of either sign; empty is
             plain sampling.
         num_candidates: how many of the most probable tokens the values look at in each step.
+        min_candidates: how many of them a server's latency bound leaves in any case; without a bound all are there.
         tail: "keep" leaves the other tokens their base probability, "drop" removes them.
         baseline: the tilt is relative to the value of the state ("state") or to the mean over the candidates
             ("candidate-mean", the paper's code).
@@ -96,6 +97,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = field(default_factory=dict)
     values: Mapping[str, float] | None = field(default_factory=dict)
     num_candidates: int = 20
+    min_candidates: int = 1
     tail: str = "keep"
     baseline: str = "state"
     tilt: str = "mean"
@@ -259,6 +261,7 @@ _CHECKS = {
     "logit_bias": _bias,
     "values": _weights,
     "num_candidates": _between(1),
+    "min_candidates": _between(1),
     "tail": _one_of("keep", "drop"),
     "baseline": _one_of("state", "candidate-mean"),
     "tilt": _one_of("mean", "optimal"),

@@ -24,7 +24,7 @@ class Script:
     def __init__(self):
         self.added, self.finished, self.cancelled = [], [], []
 
-    def add_request(self, request_id, prompt_ids, params, priority=0):
+    def add_request(self, request_id, prompt_ids, params, priority=0, salt=b"", deadline=None):
         if not prompt_ids:
             raise InvalidArgumentError("prompt", prompt_ids, "is empty")
         self.added.append((request_id, prompt_ids, params, priority))
@@ -163,7 +163,7 @@ def test_an_unknown_tilted_logprob_leaves_no_sum():
 
 def test_logprobs_hold_the_drawn_token_and_the_best():
     front, output = front_with(logprobs=2)
-    best = [TokenLogprob(66, -0.5, -0.25), TokenLogprob(65, -1.5, -2.5)]
+    best = [TokenLogprob(66, -0.5, -0.25, {}), TokenLogprob(65, -1.5, -2.5, {})]
     front.process([TokenEvent("r", 0, 65, log_prob=-1.5, tilted_log_prob=-2.5, top_logprobs=best)])
     front.process([TokenEvent("r", 0, 67, log_prob=-9.0, tilted_log_prob=-8.0, top_logprobs=best)])
     first, second = output.outputs[0].logprobs
@@ -226,7 +226,7 @@ def test_pieces_of_single_tokens():
 
 def test_json_is_plain():
     front, output = front_with(logprobs=1, values={"kind": 1.0})
-    best = [TokenLogprob(66, -0.5, math.nan)]
+    best = [TokenLogprob(66, -0.5, math.nan, {})]
     front.process([TokenEvent("r", 0, 65, values={"kind": math.nan}, top_logprobs=best, finish_reason="length")])
     record = json.loads(json.dumps(output.to_dict(), allow_nan=False))
     assert record["outputs"][0]["values"] == {"kind": [None]}

@@ -7,6 +7,7 @@ Plain decoding is guided decoding with one candidate. Every running sequence goe
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -18,10 +19,12 @@ from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
 from vas_engine.engine.guide import Guide, Hidden
+from vas_engine.engine.memory import free_memory
+from vas_engine.engine.pace import Pace, first_guess, floors, spend
 from vas_engine.engine.rows import Rows, pack, slot
 from vas_engine.engine.scheduler import Scheduler, Work
 from vas_engine.engine.sequence import Sequence
-from vas_engine.errors import InvalidArgumentError, NonFiniteError
+from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, nearest
 from vas_engine.model.cache import KVCache
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
@@ -64,9 +67,12 @@ class Engine:
         for scorer in scorers.values():
             scorer.allocate(num_blocks, block_size)
         self.guide = Guide(lm, scorers)
+        self._retired: set[str] = set()
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
         self.stats = EngineStats()
+        self.pace: Pace | None = None
+        self._step_started = self._step_seconds = 0.0
         self._live: dict[str, list[Sequence]] = {}
         self._arrivals = 0
         self._ended: list[TokenEvent] = []
@@ -81,14 +87,31 @@ class Engine:
 
     @property
     def value_names(self) -> list[str]:
-        return self.guide.value_names
+        """Names that a new request may weight."""
+        if not self._retired:
+            return self.guide.value_names
+        kept = [network for network in self.guide.networks if network.name not in self._retired]
+        return [name for network in kept for name in self.guide.value_names[network.columns]]
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._live) or bool(self._ended)
 
-    def add_request(self, request_id: str, prompt_ids: Seq[int], params: SamplingParams, priority: int = 0) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_ids: Seq[int],
+        params: SamplingParams,
+        priority: int = 0,
+        salt: bytes = b"",
+        deadline: float | None = None,
+    ) -> None:
         """Queue a request; its ``n`` samples share the prompt's pages.
+
+        Args:
+            salt: requests of different salts share no page, so none can tell by its speed what another asked.
+            deadline: time (of `time.monotonic`) at which it ends with what it has, with finish reason "length"; while
+                it is behind, its values look at no more than `min_candidates`.
 
         Raises:
             InvalidArgumentError: names what does not fit; nothing of the request is kept.
@@ -100,8 +123,59 @@ class Engine:
         params.check(vocab_size=self.lm.vocab_size, value_names=self.value_names)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         sequence = self._sequence(request_id, 0, prompt, params, seed, priority)
+        sequence.salt += salt and b"\0\0" + salt
+        sequence.deadline = deadline
         self.scheduler.add(sequence)
         self._live[request_id] = [sequence]
+
+    def add_value(self, name: str, scorer: Scorer) -> None:
+        """Load a bound network between two steps; the requests that run go on as if nothing had happened.
+
+        Raises:
+            InvalidArgumentError: the name is taken, or the network was made for shorter sequences.
+            KVCacheError: there is no memory for its pages.
+        """
+        if name in self.guide.scorers:
+            fix = "its last request is still running" if name in self._retired else "is loaded; unload it first"
+            raise InvalidArgumentError("name", name, fix)
+        longest = getattr(scorer, "max_model_len", self.max_model_len)
+        if longest < self.max_model_len:
+            fix = f"was made for sequences of {longest}; this engine runs up to {self.max_model_len}"
+            raise InvalidArgumentError("name", name, fix)
+        needed = KVCache.bytes_per_block(scorer.cache_layers, self.block_size, self.lm.dtype) * self.blocks.num_blocks
+        if needed > free_memory(self.lm.device):
+            raise KVCacheError(f"value {name!r}: its pages take {needed:,} bytes, more than there is")
+        scorer.allocate(self.blocks.num_blocks, self.block_size)
+        self.guide.rearrange({**self.guide.scorers, name: scorer}, self._sequences())
+
+    def remove_value(self, name: str) -> None:
+        """Unload a network: new requests can no longer name its values, and it goes when its last request has ended.
+
+        Raises:
+            InvalidArgumentError: no such network.
+        """
+        known = [n for n in self.guide.scorers if n not in self._retired]
+        if name not in known:
+            raise InvalidArgumentError("name", name, f"no value of this name is loaded; {nearest(name, known)}")
+        self._retired.add(name)
+        self._drop_retired()
+
+    def is_retired(self, name: str) -> bool:
+        """Whether a network only stays for the requests that use it."""
+        return name in self._retired
+
+    def _drop_retired(self) -> None:
+        if not self._retired:
+            return
+        used = {self.guide.networks[i].name for sequence in self._sequences() for i in sequence.networks}
+        gone = self._retired - used
+        if gone:
+            kept = {name: scorer for name, scorer in self.guide.scorers.items() if name not in gone}
+            self.guide.rearrange(kept, self._sequences())
+            self._retired -= gone
+
+    def _sequences(self) -> list[Sequence]:
+        return [sequence for siblings in self._live.values() for sequence in siblings]
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
@@ -158,6 +232,36 @@ class Engine:
                 self._remove(sequence)
                 return
 
+    def bound_latency(self, seconds: float | None) -> None:
+        """Have steps take no longer than this, as far as that can be: smaller chunks of prompts, fewer sequences at
+        once, fewer candidates (near-ties first, never fewer than a request's `min_candidates`).
+
+        Tokens then depend on the load. None is no bound. Sequences whose values look ahead keep all their candidates.
+        """
+        self.pace = Pace(seconds, first_guess(self.lm, list(self.guide.scorers.values()))) if seconds else None
+
+    def recover(self, error: Exception) -> list[TokenEvent]:
+        """After a step that raised: ends every request that took part in it; those that wait are not touched.
+
+        Events that the step had gathered are lost, the end of a sequence among them: what `is_live` does not know
+        any more has ended.
+
+        Raises:
+            RuntimeError: the bookkeeping of pages and queues is broken too; this engine cannot go on.
+        """
+        events = []
+        for sequences in list(self._live.values()):
+            if any(sequence.is_running for sequence in sequences):
+                # Its pages may be half written.
+                for sequence in list(sequences):
+                    events += self._fail(sequence, error, forget=True)
+        self.scheduler.check()
+        return events
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether anything of a request runs or waits."""
+        return request_id in self._live
+
     def _remove(self, sequence: Sequence, forget: bool = False) -> None:
         self.scheduler.finish(sequence, forget)
         siblings = self._live[sequence.request_id]
@@ -170,7 +274,10 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One pass: forward all planned rows, then choose a token for every sequence whose logits are at hand."""
         events, self._ended = self._ended, []
-        plan = self.scheduler.schedule()
+        self._drop_retired()
+        self._step_started = time.monotonic()
+        self._end_overdue(events)
+        plan = self.scheduler.schedule(None if self.pace is None else self._prompt_rows(self.pace))
         for sequence, error in plan.failed:
             events += self._fail(sequence, error)
         for sequence in plan.preempted:
@@ -178,12 +285,29 @@ class Engine:
         if plan.works:
             with torch.inference_mode():
                 self._run(plan.works, events)
+            seconds = time.monotonic() - self._step_started
+            self._step_seconds += 0.1 * (seconds - self._step_seconds)
         return events
+
+    def _end_overdue(self, events: list[TokenEvent]) -> None:
+        late = [s for s in self._sequences() if s.deadline is not None and s.deadline <= self._step_started]
+        for sequence in late:
+            missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
+            self._remove(sequence)
+            ended = self._event(sequence, finish_reason="length", overdue=True)
+            events += [ended, *(replace(ended, index=i) for i in missing)]
+
+    def _prompt_rows(self, pace: Pace) -> int:
+        """Rows of prompts that the latency bound leaves beside the sequences that decode."""
+        decoding = [s for s in self.scheduler.running if len(s.token_ids) - s.num_computed == 1]
+        floor = sum(s.params.min_candidates + 1 for s in decoding if s.networks)
+        return pace.prompt_rows(len(decoding), sum(len(s.token_ids) for s in decoding), floor)
 
     def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
         warm = {i for i, work in enumerate(planned) if _needs_warm_row(work)}
         works, rows = pack(planned, warm, self.block_size)
         device = self.lm.device
+        scored = self.stats.value_rows
         forward = self.lm.forward(rows.tokens(device), rows.batch(device), None, self.guide.states)
         hidden: Hidden = forward.hidden
         self.stats.steps += 1
@@ -217,6 +341,9 @@ class Engine:
         if ready:
             logits = self.lm.logits(forward.last_hidden[torch.tensor(at, device=device)])
             self._choose(ready, at, logits, hidden, events)
+        if self.pace is not None:
+            seconds = time.monotonic() - self._step_started
+            self.pace.observe(len(rows), int(rows.prefix_lens.sum()), self.stats.value_rows - scored, seconds)
 
     # -- choosing --------------------------------------------------------------------------------------------
 
@@ -272,7 +399,8 @@ class Engine:
         located = torch.from_numpy(index).to(self.lm.device)
         after = {j: states[located] for j, states in hidden.items()}
         before = {
-            j: torch.stack([s.carry[j] if s.carry else hidden[j].new_zeros(hidden[j].shape[1]) for s in sequences])
+            # A state that only networks loaded since then read is nothing to this sequence.
+            j: torch.stack([(s.carry or {}).get(j, hidden[j].new_zeros(hidden[j].shape[1])) for s in sequences])
             for j in self.guide.states
         }
         selection = _stack([s.selection for s in sequences])
@@ -312,11 +440,19 @@ class Engine:
         guided = np.array([bool(s.networks) for s in sequences])
         evaluated = np.zeros(len(sequences), np.int64)
         fine = np.ones(len(sequences), bool)
-        place = None
+        limited = np.zeros(len(sequences), bool)
+        place = scores = None
+        for sequence in sequences:
+            if sequence.networks and len(sequence.token_ids) == sequence.prompt_len:
+                sequence.prompt_values = sequence.state_values
         if guided.any():
             users = [s for s in sequences if s.networks]
             part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
             needed = self._needed(users, part, after is not None)
+            if after is None:
+                kept = self._afford(users, part, needed)
+                limited[guided] = kept.sum(1) < needed.sum(1)
+                needed = kept
             local, column = np.nonzero(needed)
             counts = needed.sum(1)
             owner = np.flatnonzero(guided)
@@ -343,8 +479,11 @@ class Engine:
             if not fine[i]:
                 continue
             event = self._accept(sequence, winners, i, int(evaluated[i]))
+            event.limited = bool(limited[i])
+            self.stats.limited_tokens += event.limited
             if sequence.alternatives is not None:
-                event.top_logprobs = _alternatives(sequence, selection, tilt, winners, i)
+                seen = None if place is None or scores is None else (place[i], scores.values)
+                event.top_logprobs = self._alternatives(sequence, selection, tilt, winners, i, seen)
             events.append(event)
             if event.finish_reason is not None:
                 result[i] = -1
@@ -357,6 +496,29 @@ class Engine:
         low, high = self.guide.tilt_bounds(users)
         margin = 1e-5 * (1.0 + np.abs(low) + np.abs(high))  # bounds are exact, float32 tilts are not
         return prune(selection, low - margin, high + margin, np.array([s.all_needed for s in users]))
+
+    def _afford(self, users: list[Sequence], selection: Selection, needed: np.ndarray) -> np.ndarray:
+        """Of the columns that are worth scoring those that there is time for."""
+        hurried = np.array([self._is_behind(s) for s in users])
+        if self.pace is None and not hurried.any():
+            return needed
+        least = floors(users, needed.shape[1])
+        kept = needed.copy()
+        if hurried.any():
+            kept[hurried] = spend(_pick(selection, np.flatnonzero(hurried)), needed[hurried], least[hurried], 0)
+        if self.pace is not None:
+            room = self.pace.candidates(time.monotonic() - self._step_started)
+            if kept.sum() > room:
+                kept = spend(selection, kept, least, room)
+        return kept
+
+    def _is_behind(self, sequence: Sequence) -> bool:
+        """Whether it will not have all its tokens by its deadline if steps take what they took."""
+        most = sequence.params.max_tokens
+        if sequence.deadline is None or most is None:
+            return False
+        left = most - (len(sequence.token_ids) - sequence.prompt_len)
+        return left * self._step_seconds > sequence.deadline - self._step_started
 
     def _tilt(
         self, users: list[Sequence], selection: Selection, utilities: np.ndarray, local: np.ndarray, column: np.ndarray
@@ -389,7 +551,7 @@ class Engine:
         token = int(winners.token_id[i])
         sequence.token_ids.append(token)
         self.stats.tokens += 1
-        values = {self.value_names[m]: float(sequence.state_values[m]) for m in sequence.reports}
+        values = self._named(sequence, sequence.state_values)
         event = self._event(
             sequence,
             token_id=token,
@@ -399,6 +561,8 @@ class Engine:
             values=values,
             evaluations=evaluations,
         )
+        if sequence.networks and len(sequence.token_ids) == sequence.prompt_len + 1:
+            event.prompt_values = self._named(sequence, sequence.prompt_values)
         generated = len(sequence.token_ids) - sequence.prompt_len
         params = sequence.params
         if token in sequence.end_ids:
@@ -431,6 +595,8 @@ class Engine:
             self._sequence(parent.request_id, i, prompt, parent.params, fork_seed(parent.seed, i), parent.priority)
             for i in range(1, parent.params.n)
         ]
+        for child in children:
+            child.salt, child.deadline = parent.salt, parent.deadline
         self._live[parent.request_id] += children
         copies = self.scheduler.fork(parent, children)
         if copies:
@@ -452,16 +618,20 @@ class Engine:
             )
             events += self._fail(sequence, error)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> list[TokenEvent]:
+    def _fail(self, sequence: Sequence, error: Exception, forget: bool = False) -> list[TokenEvent]:
         """End a sequence with an error; samples of the same request that were never started end with it."""
         missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
         # What is not finite must not be found again as somebody's prefix.
-        self._remove(sequence, forget=isinstance(error, NonFiniteError))
+        self._remove(sequence, forget or isinstance(error, NonFiniteError))
         ended = [self._event(sequence, finish_reason="error", error=error)]
         return ended + [replace(ended[0], index=i) for i in missing]
 
     def _event(self, sequence: Sequence, **fields) -> TokenEvent:
         return TokenEvent(sequence.request_id, sequence.index, seed=sequence.seed, **fields)
+
+    def _named(self, sequence: Sequence, values: np.ndarray) -> dict[str, float]:
+        """The values that a sequence reports, by name."""
+        return {self.guide.value_names[m]: float(values[m]) for m in sequence.reports}
 
     def _list_alternatives(self, ready: list[Sequence], logits: torch.Tensor, rows: np.ndarray) -> None:
         """Most probable tokens of the position, for sequences that report them."""
@@ -473,6 +643,37 @@ class Engine:
         for k, sequence in enumerate(part):
             count = min(int(top.count[k]), sequence.params.logprobs)
             sequence.alternatives = (top.token_ids[k, :count].copy(), top.log_probs[k, :count].copy())
+
+    def _alternatives(
+        self,
+        sequence: Sequence,
+        selection: Selection,
+        tilt: np.ndarray,
+        winners,
+        i: int,
+        scored: tuple[np.ndarray, np.ndarray] | None,
+    ) -> list[TokenLogprob]:
+        """The stored alternatives with their tilted log-probabilities, log pi = log pi0 + T - log Z, and values.
+
+        Args:
+            scored: the scored row (-1: none) of each column, and the values of the rows.
+        """
+        assert sequence.alternatives is not None
+        token_ids, log_probs = sequence.alternatives
+        sequence.alternatives = None
+        column = int(winners.column[i])
+        log_z = winners.log_prob[i] + tilt[i, column] - winners.tilted_log_prob[i]
+        candidates = {int(t): k for k, t in enumerate(selection.token_ids[i]) if t >= 0}
+        guided = bool(sequence.networks)
+        outside = 0.0 if sequence.params.tail == "keep" or not guided else -np.inf
+        found = []
+        for token, log_prob in zip(token_ids.tolist(), log_probs.tolist(), strict=True):
+            k = candidates.get(token)
+            row = -1 if k is None or scored is None else scored[0][k]
+            values = self._named(sequence, scored[1][row]) if scored is not None and row >= 0 else {}
+            tilted = float(log_prob + (outside if k is None else tilt[i, k]) - log_z)
+            found.append(TokenLogprob(token, log_prob, tilted, values))
+        return found
 
 
 def _needs_warm_row(work: Work) -> bool:
@@ -536,23 +737,3 @@ def _stack(parts: list[Selection]) -> Selection:
         tail_log_mass=join("tail_log_mass"),
         finite=join("finite"),
     )
-
-
-def _alternatives(sequence: Sequence, selection: Selection, tilt: np.ndarray, winners, i: int) -> list[TokenLogprob]:
-    """The stored alternatives with their tilted log-probabilities: log pi = log pi0 + T - log Z."""
-    assert sequence.alternatives is not None
-    token_ids, log_probs = sequence.alternatives
-    sequence.alternatives = None
-    column = int(winners.column[i])
-    log_z = winners.log_prob[i] + tilt[i, column] - winners.tilted_log_prob[i]
-    candidates = {int(t): k for k, t in enumerate(selection.token_ids[i]) if t >= 0}
-    guided = bool(sequence.networks)
-    outside = 0.0 if sequence.params.tail == "keep" or not guided else -np.inf
-    return [
-        TokenLogprob(
-            int(token),
-            float(log_prob),
-            float(log_prob + (tilt[i, candidates[int(token)]] if int(token) in candidates else outside) - log_z),
-        )
-        for token, log_prob in zip(token_ids, log_probs, strict=True)
-    ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -22,11 +23,15 @@ Hidden = dict[int, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A loaded scorer and its place among the engine's values: ``columns`` of every [rows, values] array."""
+    """A loaded scorer and its place among the engine's values: ``columns`` of every [rows, values] array.
+
+    ``number`` is its own for good: another one loaded later under the same name has another.
+    """
 
     name: str
     scorer: Scorer
     columns: slice
+    number: int
 
     @property
     def reads_before(self) -> bool:
@@ -63,20 +68,50 @@ class Guide:
     def __init__(self, lm: CausalLM, scorers: Mapping[str, Scorer]) -> None:
         self.lm = lm
         self.networks: list[Network] = []
-        self.value_names: list[str] = []
+        self._numbers = itertools.count()
+        self._arrange(scorers)
+
+    def _arrange(self, scorers: Mapping[str, Scorer]) -> None:
+        numbers = {network.name: network.number for network in self.networks}
+        networks: list[Network] = []
+        value_names: list[str] = []
         for name, scorer in scorers.items():
             heads = [head.name for head in scorer.config.heads]
             names = heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
-            columns = slice(len(self.value_names), len(self.value_names) + len(names))
+            columns = slice(len(value_names), len(value_names) + len(names))
             for value in names:
-                if value in self.value_names:
+                if value in value_names:
                     raise InvalidArgumentError("values", value, "two networks give this name; load one under another")
-            self.value_names += names
-            self.networks.append(Network(name, scorer, columns))
-        self.states = sorted({j for network in self.networks for j in network.scorer.states})
-        bounds = [b for network in self.networks for b in network.scorer.heads.bounds]
+            value_names += names
+            number = numbers[name] if name in numbers else next(self._numbers)
+            networks.append(Network(name, scorer, columns, number))
+        self.networks, self.value_names = networks, value_names
+        self.states = sorted({j for network in networks for j in network.scorer.states})
+        bounds = [b for network in networks for b in network.scorer.heads.bounds]
         self._low = np.array([low for low, _ in bounds], np.float64)
         self._high = np.array([high for _, high in bounds], np.float64)
+
+    @property
+    def scorers(self) -> dict[str, Scorer]:
+        """name -> bound network, as given."""
+        return {network.name: network.scorer for network in self.networks}
+
+    def rearrange(self, scorers: Mapping[str, Scorer], sequences: Iterable[Sequence]) -> None:
+        """Takes other networks between two steps; live sequences keep those they use, which must stay.
+
+        Raises:
+            InvalidArgumentError: two values of one name; nothing has changed.
+        """
+        columns, names = {name: k for k, name in enumerate(self.value_names)}, [n.name for n in self.networks]
+        old_values = self.value_names
+        self._arrange(scorers)
+        source = np.array([columns.get(name, -1) for name in self.value_names], np.int64)
+        place = {network.name: index for index, network in enumerate(self.networks)}
+        for sequence in sequences:
+            sequence.networks = tuple(place[names[index]] for index in sequence.networks)
+            sequence.reports = tuple(self.value_names.index(old_values[m]) for m in sequence.reports)
+            for field in ("weights", "limits", "state_values", "utilities", "prompt_values"):
+                setattr(sequence, field, _moved(getattr(sequence, field), source))
 
     # -- admission -------------------------------------------------------------------------------------------
 
@@ -108,8 +143,8 @@ class Guide:
 
     def salt(self, sequence: Sequence) -> bytes:
         """What besides the tokens decides the content of a sequence's pages: the networks that write to them."""
-        names = [self.networks[i].name for i in sequence.networks if self.networks[i].scorer.cache is not None]
-        return "\0".join(names).encode()
+        used = [self.networks[i] for i in sequence.networks]
+        return ",".join(str(network.number) for network in used if network.scorer.cache is not None).encode()
 
     def caches(self) -> list:
         return [n.scorer.cache for n in self.networks if n.scorer.cache is not None]
@@ -287,6 +322,11 @@ class Guide:
         low = np.clip(scaled.min(0) - base, -limits, limits)
         high = np.clip(scaled.max(0) - base, -limits, limits)
         return np.where(used, low, 0.0).sum(1), np.where(used, high, 0.0).sum(1)
+
+
+def _moved(array: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Columns in another order, 0 where ``source`` is -1; an empty array (not known, not used) stays empty."""
+    return np.append(array, np.zeros(1, array.dtype))[source] if array.size else array
 
 
 def _concatenate(hidden: Hidden, states: Seq[int]) -> torch.Tensor:

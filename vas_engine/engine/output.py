@@ -19,7 +19,13 @@ class Steps(Protocol):
     """The part of the engine that is used here."""
 
     def add_request(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        salt: bytes = b"",
+        deadline: float | None = None,
     ) -> None: ...
 
     def cancel(self, request_id: str) -> Any: ...
@@ -27,6 +33,10 @@ class Steps(Protocol):
     def finish(self, request_id: str, index: int, reason: str) -> Any: ...
 
     def step(self) -> list[TokenEvent]: ...
+
+    def recover(self, error: Exception) -> list[TokenEvent]: ...
+
+    def is_live(self, request_id: str) -> bool: ...
 
     @property
     def has_unfinished(self) -> bool: ...
@@ -57,6 +67,8 @@ class OutputFront:
         *,
         prompt: str | None = None,
         priority: int = 0,
+        salt: bytes = b"",
+        deadline: float | None = None,
     ) -> RequestOutput:
         """Queues a request and returns its output, which grows in place with every step.
 
@@ -64,7 +76,7 @@ class OutputFront:
             VASError: the engine refuses the request; nothing is queued.
         """
         ids = list(prompt_ids)
-        self.engine.add_request(request_id, ids, params, priority)
+        self.engine.add_request(request_id, ids, params, priority, salt, deadline)
         request = _Request(request_id, ids, params, prompt, self._pieces)
         self._requests[request_id] = request
         return request.output
@@ -89,6 +101,23 @@ class OutputFront:
             if request.close_if_done():
                 del self._requests[request_id]
         return [request.output for request in touched.values()]
+
+    def recover(self, error: Exception) -> list[RequestOutput]:
+        """After a step that raised: ends the requests it was about with that error and returns them.
+
+        Raises:
+            RuntimeError: the engine cannot go on.
+        """
+        touched = self.process(self.engine.recover(error))
+        lost = [request_id for request_id in self._requests if not self.engine.is_live(request_id)]
+        for request_id in lost:
+            request = self._requests.pop(request_id)
+            request.start_step()
+            request.output.error = error
+            request.end_all("error")
+            request.close_if_done()
+            touched.append(request.output)
+        return touched
 
     def cancel(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its unfinished completions keep their text, with finish_reason "abort"."""
@@ -153,6 +182,7 @@ class _Request:
         """Whether a stop string ended the sequence, which the engine does not know yet."""
         metrics = self.output.metrics
         metrics.value_evaluations += event.evaluations
+        metrics.limited_tokens += event.limited
         if event.token_id is not None:
             metrics.generated_tokens += 1
             metrics.first_token = metrics.first_token or time.monotonic()
@@ -222,7 +252,9 @@ class _Completion:
         if self.hidden:
             self.output.hidden_states = torch.cat(self.hidden)
 
-    def _stop_token(self, event: TokenEvent) -> int | None:
+    def _stop_token(self, event: TokenEvent) -> int | str | None:
+        if event.overdue:
+            return "deadline"
         asked = event.stop_token in tuple(self.params.stop_token_ids or ())
         return event.stop_token if event.finish_reason == "stop" and asked else None
 
@@ -238,6 +270,8 @@ class _Completion:
             )
         if output.kl is not None:
             output.kl += event.kl
+        if event.prompt_values is not None:
+            output.prompt_values = event.prompt_values
         for name, value in event.values.items():
             output.values.setdefault(name, []).append(value)
         if output.logprobs is not None:
@@ -245,12 +279,13 @@ class _Completion:
 
     def _logprobs(self, event: TokenEvent, token: int) -> dict[int, Logprob]:
         """The drawn token first, then the most probable ones in order."""
-        entries = {token: Logprob(event.log_prob, _known(event.tilted_log_prob), None, self.pieces[token])}
-        for rank, (alternative, base, tilted) in enumerate(event.top_logprobs or (), start=1):
+        drawn = Logprob(event.log_prob, _known(event.tilted_log_prob), None, self.pieces[token], event.values)
+        entries = {token: drawn}
+        for rank, (alternative, base, tilted, values) in enumerate(event.top_logprobs or (), start=1):
             if alternative == token:
-                entries[token].rank = rank
+                drawn.rank = rank
             else:
-                entries[alternative] = Logprob(base, _known(tilted), rank, self.pieces[alternative])
+                entries[alternative] = Logprob(base, _known(tilted), rank, self.pieces[alternative], values)
         return entries
 
     def _print(self, event: TokenEvent, token: int) -> None:

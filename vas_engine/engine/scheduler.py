@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
@@ -99,6 +100,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def running(self) -> Iterable[Sequence]:
+        """Sequences that run, best first."""
+        return iter(self._running)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -166,24 +172,33 @@ class Scheduler:
 
     # -- a step ---------------------------------------------------------------------------------------------
 
-    def schedule(self) -> Plan:
-        """Plans a step and allocates what it writes to. Call `computed` for each work before the next."""
+    def schedule(self, prompt_rows: int | None = None) -> Plan:
+        """Plans a step and allocates what it writes to. Call `computed` for each work before the next.
+
+        Args:
+            prompt_rows: rows that prompts may take beside the decoding sequences (a prompt in progress always gets
+                some); None is what the budget holds.
+        """
         plan = Plan()
         self._make_way(plan)
         prefills = self._plan_decodes(plan)
-        budget = self.max_num_batched_tokens - plan.rows
+        most = self.max_num_batched_tokens
+        if prompt_rows is not None and plan.works:
+            least = self.blocks.block_size + prefills[0].rows_per_token if prefills else 0
+            most = min(most, plan.rows + max(prompt_rows, least))
+        budget = most - plan.rows
         kept = 0
         for sequence in prefills:
             kept += self._plan_chunk(sequence, plan, budget - kept)
-            budget = self.max_num_batched_tokens - plan.rows
+            budget = most - plan.rows
         while not plan.preempted and budget > kept:
             head = self._next_waiting(plan)
             if head is None or not self._fits(head):
                 break
             self._admit(head)
             kept += self._plan_chunk(head, plan, budget - kept)
-            budget = self.max_num_batched_tokens - plan.rows
-        self._spare_rows = budget
+            budget = most - plan.rows
+        self._spare_rows = self.max_num_batched_tokens - plan.rows
         return plan
 
     def computed(self, work: Work) -> None:

@@ -40,6 +40,7 @@ class Sequence:
         forks: samples the engine will fork off once the prompt is computed; their rows are kept free then.
         pending: token ids of lookahead candidates that wait for a forward of the base model, or None.
         salt: whatever changes the K/V of the same tokens; sequences of different salts share no block.
+        deadline: time (of `time.monotonic`) at which it ends with what it has; None is never.
         use_prefix_cache: False: the prompt is computed anew (its blocks may still serve others).
         block_table: blocks of the cache; position p lives in block_table[p // block_size].
         num_computed: leading tokens whose K/V are in the pages.
@@ -59,6 +60,7 @@ class Sequence:
         carry: hidden states of the last computed position, where the next rows need them.
         state_values, utilities: V(s) and U(s) of the present state, float [values]; empty while not known.
         selection: the selection its pending candidates came from.
+        prompt_values: V of the prompt, float [values]; empty while not known.
         forked: its siblings have been started.
         hidden, num_hidden: final states not reported yet, and positions noted so far (on request).
         draining: why it ends, once its last token's hidden state is computed.
@@ -77,6 +79,7 @@ class Sequence:
     forks: int = 0
     pending: np.ndarray | None = None
     salt: bytes = b""
+    deadline: float | None = None
     use_prefix_cache: bool = True
     status: SequenceStatus = SequenceStatus.WAITING
     block_table: list[int] = field(default_factory=list)
@@ -110,6 +113,7 @@ class Sequence:
     carry: dict[int, Any] | None = field(default=None, repr=False)
     state_values: np.ndarray = field(default_factory=_no_values, repr=False)
     utilities: np.ndarray = field(default_factory=_no_values, repr=False)
+    prompt_values: np.ndarray = field(default_factory=_no_values, repr=False)
     selection: Any = field(default=None, repr=False)
     alternatives: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     forked: bool = False
