@@ -43,8 +43,9 @@ def test_every_way_to_decode_is_measured(shown) -> None:
         assert row.kl > 0
         if row.label.startswith("best of"):
             n = int(re.search(r"\d+", row.label).group())
-            assert row.model_rows == pytest.approx(plain.model_rows * n)
-            assert row.tokens_per_second == pytest.approx(plain.tokens_per_second / n)
+            # What is kept may be longer or shorter than the n - 1 that are not.
+            assert plain.model_rows * n / 2 < row.model_rows < plain.model_rows * n * 2
+            assert row.tokens_per_second * row.model_rows == pytest.approx(plain.tokens_per_second * plain.model_rows)
         else:
             # A side network costs the base model nothing but its own row a token.
             assert row.model_rows < 1.5
@@ -74,7 +75,7 @@ def test_results_are_written_and_drawn(shown) -> None:
     assert (out / "value" / "value.safetensors").exists()
     save_plot(result, out / "frontier.png")
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert "best of 8, by mood" in table(result)
+    assert "best of 8 by mood" in table(result)
     assert "guided" in terminal_plot(result)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.evaluation.best_of_n import best_of_n, best_of_n_kl_bound, expected_best
+from vas_engine.evaluation.best_of_n import best_of_n, best_of_n_kl_bound, expected_best, selection_weights
 from vas_engine.evaluation.estimate import estimate_mean
 
 
@@ -68,3 +68,16 @@ def test_one_sample_has_no_interval():
     assert math.isnan(found.low)
     with pytest.raises(InvalidArgumentError, match="at least one"):
         estimate_mean([])
+
+
+def test_selection_weights_carry_other_measures():
+    """The expected length of the best of 3, over all subsets; ties are broken evenly."""
+    pool, lengths = [0.0, 2.0, 1.0, 2.0, -1.0], [3.0, 10.0, 5.0, 20.0, 7.0]
+    total, subsets = 0.0, list(itertools.combinations(range(5), 3))
+    for subset in subsets:
+        high = max(pool[i] for i in subset)
+        best = [i for i in subset if pool[i] == high]
+        total += sum(lengths[i] for i in best) / len(best)
+    weights = selection_weights(pool, 3)
+    assert float(weights @ torch.tensor(lengths, dtype=torch.float64)) == pytest.approx(total / len(subsets))
+    assert float(selection_weights(torch.arange(4096.0), 128).sum()) == pytest.approx(1.0)

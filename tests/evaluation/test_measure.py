@@ -1,55 +1,14 @@
 import math
+import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from vas_engine.evaluation.frontier import frontier
-from vas_engine.evaluation.measure import measure
-from vas_engine.llm import LLM
+from tests.evaluation.conftest import PROMPTS, WORDS
+from tests.oracle import enumerate_policy, next_logits
+from vas_engine.evaluation.dense import log_probs, sequence_kl
+from vas_engine.evaluation.measure import distinct, measure, run, summarise
 from vas_engine.params import SamplingParams
-from vas_engine.training.rewards import FunctionReward
-from vas_engine.values.config import HeadConfig, default_config
-from vas_engine.values.network import ValueNetwork
-
-WORDS = ["<s>", "</s>", "a", "b", "c", "d"]
-PROMPTS = ["a", "b c", "d d a", "c"]
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=6,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,
-    )
-    llm = LLM(
-        LlamaForCausalLM(config),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"),
-        device="cpu",
-        dtype="float32",
-    )
-    value = ValueNetwork(default_config("side", llm.lm, [HeadConfig("v", "a", std=5.0)]))
-    return LLM(llm.lm.model, values={"v": value}, tokenizer=llm.tokenizer, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def reward():
-    return FunctionReward("a", lambda _, response: response.count("a"))
 
 
 def test_zero_weight_is_the_base(llm, reward):
@@ -63,32 +22,101 @@ def test_zero_weight_is_the_base(llm, reward):
     assert base.rewards["a"].count == 20
     assert base.value_rows_per_token == 0.0
     assert zero.value_rows_per_token > 0.0
-
-
-def test_kl_is_that_of_the_tokens_drawn(llm, reward):
-    """The mean of summed exact step divergences agrees with the mean log-ratio of the same responses."""
-    params = SamplingParams(max_tokens=6, values={"v": 1.0}, num_candidates=4)
-    found = measure(llm, PROMPTS, params, [reward], samples=200)
-    outputs = llm.generate(PROMPTS, params.replace(n=200, seed=5, prune=False), use_tqdm=False)
-    ratios = [c.cumulative_tilted_logprob - c.cumulative_logprob for o in outputs for c in o.outputs]
-    assert found.kl.mean > 0.01
-    error = torch.tensor(ratios).std() / math.sqrt(len(ratios))
-    assert abs(found.kl.mean - sum(ratios) / len(ratios)) < 4 * error + (found.kl.high - found.kl.low)
-
-
-def test_frontier(llm, reward):
-    guided = {"w=1": SamplingParams(max_tokens=6, values={"v": 1.0}, num_candidates=4)}
-    points = frontier(llm, PROMPTS, reward, guided, best_of=[1, 4], samples=4, pool=8)
-    assert [point.label for point in points] == ["base", "w=1", "best of 1", "best of 4"]
-    base, tilted, one, four = points
-    assert one.reward.mean == pytest.approx(base.reward.mean)
-    assert four.reward.mean > one.reward.mean
-    assert (one.kl, four.kl) == (0.0, pytest.approx(math.log(4) - 0.75))
-    assert four.kl_is_upper_bound
-    assert not tilted.kl_is_upper_bound
-    assert tilted.kl.mean > 0
-    # A prompt is processed once for its samples, and a response's last token not at all: about one row a
-    # token.
+    # A prompt is processed once for its samples, and a response's last token not at all: about one row a token.
     assert 0.7 < base.model_rows_per_token < 1.3
-    assert four.model_rows_per_token == pytest.approx(4 * base.model_rows_per_token)
-    assert four.to_dict()["label"] == "best of 4"
+
+
+def exact(llm, params, prompt) -> tuple[float, float]:
+    """KL to the base at temperature 1, and mean log-probability under it, over all responses of the policy."""
+    ids = [WORDS.index(word) for word in prompt.split()]
+    networks = {"v": (llm.values["v"], 0)}
+    policy = enumerate_policy(llm.lm, networks, params, ids, params.max_tokens, {1})
+    plain = params.replace(values={}, temperature=1.0)
+    base = enumerate_policy(llm.lm, networks, plain, ids, params.max_tokens, {1})
+    kl = sum(p * math.log(p / base[response]) for response, p in policy.items())
+    return kl, sum(p * math.log(base[response]) for response, p in policy.items())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_divergence_and_likelihood_are_those_of_the_enumerated_policy(llm, reward, temperature):
+    """Also where a temperature moves the policy away from a base that keeps its own."""
+    params = SamplingParams(max_tokens=3, values={"v": 4.0}, num_candidates=4, temperature=temperature)
+    kl, log_prob = exact(llm, params, "b c")
+    [found] = run(llm, ["b c"], [params], samples=600)
+    assert found.kl_kind == ("exact" if temperature == 1.0 else "log-ratio")
+    assert kl > 0.05
+    for column, expected in (([r.kl for r in found.responses], kl), ([r.log_prob for r in found.responses], log_prob)):
+        numbers = torch.tensor(column, dtype=torch.float64)
+        assert abs(float(numbers.mean()) - expected) < 4 * float(numbers.std()) / math.sqrt(len(numbers))
+
+
+def test_a_greedy_response_has_all_the_probability(llm):
+    params = SamplingParams(max_tokens=4, values={"v": 1.0}, num_candidates=4, temperature=0.0)
+    [found] = run(llm, PROMPTS, [params], samples=2)
+    ids = [[WORDS.index(word) for word in PROMPTS[r.prompt].split()] for r in found.responses]
+    dense = log_probs(llm.lm, ids, [r.token_ids for r in found.responses])
+    assert [-r.kl for r in found.responses] == pytest.approx(dense, abs=1e-4)
+
+
+def test_log_probs_and_divergences_of_ragged_responses(llm, monkeypatch):
+    """Padding, batches of any size and the prompt's own tokens make no difference."""
+    from tests.evaluation.conftest import word_model
+    from vas_engine.evaluation import dense
+    from vas_engine.model.lm import CausalLM
+
+    other = CausalLM.load(word_model(seed=1), device="cpu", dtype="float32")
+    chooser = random.Random(0)
+    prompts = [[chooser.randrange(6) for _ in range(chooser.randrange(1, 5))] for _ in range(7)]
+    responses = [[chooser.randrange(6) for _ in range(chooser.randrange(1, 6))] for _ in range(7)]
+    monkeypatch.setattr(dense, "BATCH_LOGITS", 120)
+    likelihoods = log_probs(llm.lm, prompts, responses)
+    divergences = sequence_kl(other, llm.lm, prompts, responses)
+    for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        likelihood = divergence = 0.0
+        for t, token in enumerate(response):
+            ours, theirs = (
+                torch.log_softmax(next_logits(lm, [prompt + response[:t]])[0], -1) for lm in (other, llm.lm)
+            )
+            likelihood += float(theirs[token])
+            divergence += float((ours.exp() * (ours - theirs)).sum())
+        assert likelihoods[place] == pytest.approx(likelihood, abs=1e-4)
+        assert divergences[place] == pytest.approx(divergence, abs=1e-4)
+
+
+def test_a_mixed_batch_gives_what_each_setting_gives_alone(llm, reward):
+    settings = [
+        SamplingParams(max_tokens=6, values={"v": weight}, num_candidates=4) if weight else SamplingParams(max_tokens=6)
+        for weight in (0.0, 1.0, -2.0)
+    ]
+    together = run(llm, PROMPTS, settings, samples=4)
+    for setting, mixed in zip(settings, together, strict=True):
+        [alone] = run(llm, PROMPTS, [setting], samples=4)
+        assert [r.token_ids for r in mixed.responses] == [r.token_ids for r in alone.responses]
+        assert mixed.value_rows == alone.value_rows
+        assert mixed.tokens == mixed.delivered == alone.tokens
+    assert together[0].flops < together[1].flops
+
+
+def test_many_samples_are_several_requests(llm, reward, monkeypatch):
+    from vas_engine.evaluation import measure as module
+
+    monkeypatch.setattr(module, "REQUEST_SAMPLES", 3)
+    [found] = run(llm, PROMPTS, [SamplingParams(max_tokens=16, ignore_eos=True)], samples=8)
+    assert [r.prompt for r in found.responses] == [place for place in range(4) for _ in range(8)]
+    summary = summarise(found, PROMPTS, [reward])
+    assert [len(pool) for pool in summary.pools["a"]] == [8] * 4
+    # No two of them draw from the same seed.
+    assert len({tuple(r.token_ids) for r in found.responses if r.prompt == 1}) == 8
+
+
+def test_perplexity_and_distinct_ngrams(llm, reward):
+    assert distinct([1, 1, 1, 1]) == (1 / 4, 1 / 3, 1 / 2)
+    assert distinct([1, 2, 3]) == (1.0, 1.0, 1.0)
+    assert distinct([4]) == (1.0, 1.0, 1.0)
+    [found] = run(llm, PROMPTS, [SamplingParams(max_tokens=6)], samples=4)
+    summary = summarise(found, PROMPTS, [reward])
+    tokens = sum(len(r.token_ids) for r in found.responses)
+    assert math.log(summary.perplexity) == pytest.approx(-sum(r.log_prob for r in found.responses) / tokens)
+    assert summary.distinct[0] == pytest.approx(
+        sum(len(set(r.token_ids)) / len(r.token_ids) for r in found.responses) / len(found.responses)
+    )

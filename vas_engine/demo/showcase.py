@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -17,8 +18,7 @@ from vas_engine import LLM, SamplingParams
 from vas_engine.demo import model_path
 from vas_engine.demo.corpus import OPENINGS
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.evaluation.best_of_n import best_of_n, best_of_n_kl_bound
-from vas_engine.evaluation.measure import Measurement, measure
+from vas_engine.evaluation.frontier import Contest, Point, Setting
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
@@ -30,6 +30,7 @@ from vas_engine.values.artifact import save_value
 Say = Callable[[str], None]
 
 SHOWN_SEED = 7
+COMPOSED = "composition"
 ONE_THREAD = 5_000_000
 """Parameters under which torch gets one thread: a second one gains little on products this small, and on a machine
 with other work each of them would wait for it."""
@@ -82,7 +83,7 @@ class Row:
 
     Attributes:
         label: what the table shows.
-        target: the reward it is after; None for plain sampling and compositions.
+        target: the one reward it is after; None for plain sampling and compositions.
         rewards: mean of each reward.
         errors: half of each mean's 95 % interval.
         kl: nats per response; exact and measured, or the upper bound log n - (n-1)/n of best-of-n.
@@ -193,7 +194,7 @@ def _deviations(rollouts: Rollouts, names: list[str]) -> dict[str, float]:
     return {name: float(column.std()) for name, column in zip(names, table.unbind(1), strict=True)}
 
 
-def _weights(scale: dict[str, float], **strengths: float) -> dict[str, float]:
+def _weights(scale: dict[str, float], strengths: dict[str, float]) -> dict[str, float]:
     return {name: strength / scale[name] for name, strength in strengths.items() if strength}
 
 
@@ -212,7 +213,7 @@ def _show_texts(
     }
     prompt = config.prompts[0]
     params = [
-        SamplingParams(seed=config.seed + SHOWN_SEED, max_tokens=config.max_tokens, values=_weights(scale, **wish))
+        SamplingParams(seed=config.seed + SHOWN_SEED, max_tokens=config.max_tokens, values=_weights(scale, wish))
         for wish in wishes.values()
     ]
     outputs = llm.generate([prompt] * len(params), params, use_tqdm=False)
@@ -233,52 +234,48 @@ def _measure_all(
     scale: dict[str, float],
     use_tqdm: bool,
 ) -> list[Row]:
-    prompts = list(config.prompts[: config.eval_prompts])
     base = SamplingParams(max_tokens=config.max_tokens)
-    plain = measure(llm, prompts, base, rewards, samples=config.pool, seed=config.seed, kl=False, use_tqdm=use_tqdm)
-    rows = [_row("plain", None, plain)]
+    contest = Contest(
+        llm,
+        config.prompts[: config.eval_prompts],
+        rewards,
+        base,
+        samples=config.guided_samples,
+        pool=config.pool,
+        seed=config.seed,
+        use_tqdm=use_tqdm,
+    )
+
+    def guided(label: str, method: str, wish: dict[str, float]) -> Setting:
+        weights = _weights(scale, wish)
+        return Setting(label, method, base.replace(values=weights), weights)
+
     first, second = names
-    plans: list[tuple[str, str | None, dict[str, float]]] = [
-        (f"guided, {name} x{strength:g}", name, {name: strength}) for name in names for strength in config.strengths
+    settings = [
+        guided(f"guided, {name} x{strength:g}", name, {name: strength})
+        for name in names
+        for strength in config.strengths
     ]
-    shown = config.shown
-    for up, down in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-        label = f"guided, {first} x{up * shown:g} and {second} x{down * shown:g}"
-        plans.append((label, None, {first: up * shown, second: down * shown}))
-    for label, target, wish in plans:
-        params = base.replace(values=_weights(scale, **wish))
-        found = measure(llm, prompts, params, rewards, samples=config.guided_samples, seed=config.seed)
-        rows.append(_row(label, target, found))
-    for name in names:
-        for n in config.best_of:
-            estimate = best_of_n(plain.pools[name], n)
-            rows.append(
-                Row(
-                    f"best of {n}, by {name}",
-                    name,
-                    {name: estimate.mean},
-                    {name: (estimate.high - estimate.low) / 2},
-                    best_of_n_kl_bound(n),
-                    True,
-                    plain.tokens_per_second / n,
-                    plain.model_rows_per_token * n,
-                    0.0,
-                )
-            )
-    return rows
+    for up, down in itertools.product((config.shown, -config.shown), repeat=2):
+        label = f"guided, {first} x{up:g} and {second} x{down:g}"
+        settings.append(guided(label, COMPOSED, {first: up, second: down}))
+    points: list[tuple[str | None, Point]] = [(None, contest.base({first: 1.0}))]
+    points += [(None if p.method == COMPOSED else p.method, p) for p in contest.measure(settings)]
+    points += [(name, p) for name in names for p in contest.best_of_n(config.best_of, {name: 1.0}, name)]
+    return [_row(target, point) for target, point in points]
 
 
-def _row(label: str, target: str | None, found: Measurement) -> Row:
+def _row(target: str | None, point: Point) -> Row:
     return Row(
-        label,
+        "plain" if point.method == "base" else point.label,
         target,
-        {name: estimate.mean for name, estimate in found.rewards.items()},
-        {name: (estimate.high - estimate.low) / 2 for name, estimate in found.rewards.items()},
-        found.kl.mean if found.kl else 0.0,
-        False,
-        found.tokens_per_second,
-        found.model_rows_per_token,
-        found.value_rows_per_token,
+        {name: estimate.mean for name, estimate in point.rewards.items()},
+        {name: (estimate.high - estimate.low) / 2 for name, estimate in point.rewards.items()},
+        point.kl.mean,
+        point.kl_kind == "bound",
+        point.tokens_per_second,
+        point.model_rows_per_token,
+        point.value_rows_per_token,
     )
 
 
@@ -297,7 +294,7 @@ def table(result: Showcase) -> str:
     head = ["", first, second, "KL (nats)", "tokens/s", "model rows/token", "value rows/token"]
     lines = [head]
     for row in result.rows:
-        means = [f"{row.rewards[n]:.2f} ±{row.errors[n]:.2f}" if n in row.rewards else "" for n in (first, second)]
+        means = [f"{row.rewards[n]:.2f} ±{row.errors[n]:.2f}" for n in (first, second)]
         bound = "at most " if row.kl_is_upper_bound else ""
         lines.append(
             [
