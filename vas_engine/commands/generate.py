@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vas_engine.commands.options import add_model_options, add_sampling_options, load_llm, read_params
+from vas_engine.commands.options import (
+    _MODEL_OPTIONS,
+    add_model_options,
+    add_sampling_options,
+    load_llm,
+    read_params,
+    read_values,
+)
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.outputs import CompletionOutput, RequestOutput
 from vas_engine.params import SamplingParams
 
 if TYPE_CHECKING:
+    from vas_engine.integrations.remote import RemoteLLM
     from vas_engine.llm import LLM
 
 _EPILOG = """\
@@ -29,6 +38,8 @@ examples:
   echo "Once upon a time" | vas generate MODEL --seed 7 > story.txt
   vas generate MODEL --file prompts.jsonl --json --logprobs 5 > results.jsonl
   vas generate MODEL --chat "Write a poem" --temperature 0.7 --n 3
+  vas generate --api-base http://127.0.0.1:8000/v1 --api-model NAME "Once upon a time" --max-tokens 50 \\
+      --value kind=VALUE --value-tokenizer kind=FOLDER --weight kind=2 --state-file run.jsonl
 """
 
 
@@ -41,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM")
+    add("model", nargs="?", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM; not with --api-base")
     add("prompts", nargs="*", metavar="PROMPT", help="default: --file, or stdin")
     add("--file", metavar="FILE", help=".txt, a prompt a line, or .jsonl; - is stdin, a prompt a line")
     add("--chat", action="store_true", help="each prompt is a user's message, by the model's chat template")
@@ -53,7 +64,29 @@ def add_parser(subparsers: Any) -> None:
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add_sampling_options(parser)
     add_model_options(parser)
+    _add_api_options(parser)
     parser.set_defaults(run=run)
+
+
+_API_LIMITS = ("concurrency", "timeout", "max_retries", "requests_per_second", "max_requests", "max_spent_tokens")
+
+
+def _add_api_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a model behind an API", "Every token is a request. A key is read from OPENAI_API_KEY or VAS_API_KEY."
+    )
+    add = group.add_argument
+    add("--api-base", metavar="URL", help="OpenAI-compatible endpoint with log-probabilities on /completions")
+    add("--api-model", metavar="NAME", help="as the endpoint calls it")
+    add("--api-body", metavar="JSON", help='fields of every request, such as \'{"top_k": 0, "min_p": 0}\'')
+    add("--value-tokenizer", action="append", default=[], metavar="[NAME=]FOLDER", help="a value's own tokenizer")
+    add("--state-file", metavar="FILE", help="keeps every token; a run that ended early goes on from it")
+    add("--concurrency", type=int, metavar="N", help="requests at once (default 8)")
+    add("--timeout", type=float, metavar="S", help="seconds for an answer (default 60)")
+    add("--max-retries", type=int, metavar="N", help="further tries of a request (default 6)")
+    add("--requests-per-second", type=float, metavar="R")
+    add("--max-requests", type=int, metavar="N", help="end there; what is done is kept")
+    add("--max-spent-tokens", type=int, metavar="N", help="the same, by the tokens that the endpoint charges")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +94,12 @@ def run(args: argparse.Namespace) -> int:
     params = read_params(args)
     if params.guided and not args.value:
         raise InvalidArgumentError("--weight", args.weight[0], "no value is loaded; add --value NAME=FOLDER")
+    if args.api_base is not None:
+        args.prompts = [text for text in (args.model, *args.prompts) if text is not None]
+    elif args.model is None:
+        raise InvalidArgumentError("MODEL", None, "give a folder or hub name, or --api-base URL")
     records = list(_read_records(args))
-    llm = load_llm(args)
+    llm: Any = load_llm(args) if args.api_base is None else _load_remote(args)
     requests = [_read_request(record, llm, params, args) for record in records]
     if args.show_values:
         requests = [(prompt, _watching(own, llm.value_names)) for prompt, own in requests]
@@ -70,13 +107,49 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(llm.value_names)
         print(f"vas: note: no --weight given, so nothing steers; loaded: {names}", file=sys.stderr)
     started = time.perf_counter()
-    if len(requests) == 1 and requests[0][1].n == 1 and not args.json and not args.no_stream:
+    whole = args.json or args.no_stream or args.api_base is not None
+    if len(requests) == 1 and requests[0][1].n == 1 and not whole:
         outputs = [_stream(llm, *requests[0], args)]
     else:
         outputs = _batch(llm, requests, args)
     if not args.quiet:
         print(_summary(outputs, time.perf_counter() - started), file=sys.stderr)
+        if args.api_base is not None:
+            print(f"vas: {llm.spent.requests} requests, {llm.spent.tokens} tokens charged", file=sys.stderr)
     return int(any(output.error is not None for output in outputs))
+
+
+def _load_remote(args: argparse.Namespace) -> RemoteLLM:
+    from vas_engine.integrations.remote import RemoteLLM
+
+    if args.api_model is None:
+        raise InvalidArgumentError("--api-model", None, "say how the endpoint calls its model")
+    for name in _MODEL_OPTIONS:
+        if name != "tokenizer" and getattr(args, name) is not None:
+            raise InvalidArgumentError("--" + name.replace("_", "-"), getattr(args, name), "not with --api-base")
+    for option, given in (("--chat", args.chat), ("--show-values", args.show_values and not args.tokenizer)):
+        if given:
+            fix = "needs token ids: add --tokenizer" if option == "--show-values" else "not with --api-base"
+            raise InvalidArgumentError(option, True, fix)
+    try:
+        body = json.loads(args.api_body or "{}")
+    except ValueError as error:
+        raise InvalidArgumentError("--api-body", args.api_body, f"is no JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise InvalidArgumentError("--api-body", args.api_body, "must be a JSON object")
+    tokenizers = read_values(args.value_tokenizer) or {}
+    limits = {name: getattr(args, name) for name in _API_LIMITS if getattr(args, name) is not None}
+    return RemoteLLM(
+        args.api_base,
+        args.api_model,
+        read_values(args.value),
+        tokenizer=args.tokenizer,
+        value_tokenizers={"": tokenizers} if isinstance(tokenizers, str) else tokenizers,
+        api_key=os.environ.get("VAS_API_KEY") or os.environ.get("OPENAI_API_KEY"),
+        extra_body=body,
+        state_file=args.state_file,
+        **limits,
+    )
 
 
 # -- input -------------------------------------------------------------------------------------------------
@@ -130,6 +203,8 @@ def _read_request(
             raise InvalidArgumentError("params", own, "must be an object of names and values")
         params = params.replace(**own)
         if "messages" in record:
+            if args.api_base is not None:
+                raise InvalidArgumentError("messages", record["messages"], "not with --api-base; give a prompt")
             return llm.render_chat(record["messages"], add_generation_prompt=True), params
     if args.chat:
         text = record["prompt"] if isinstance(record, Mapping) else record
