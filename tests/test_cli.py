@@ -281,7 +281,7 @@ def test_info_describes_the_installation(capsys):
     code, out, _ = vas(capsys, "info", "--json")
     report = json.loads(out)["installation"]
     assert code == OK
-    assert report["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["torch"])  # which leaves the build (+cpu) out
     assert report["torch threads"] == torch.get_num_threads()
     assert report["sampler"].split()[0] in ("cpp", "reference")
     assert set(report["extras"]) >= {"train", "plot"}
