@@ -17,8 +17,11 @@ from vas_engine.commands.options import add_model_options, load_llm, read_values
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _EXTRAS = {
-    "train": ("pyarrow", "vaderSentiment"),
+    "train": ("pyarrow", "vaderSentiment", "peft"),
     "plot": ("matplotlib", "plotext"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "yaml"),
+    "otel": ("opentelemetry",),
+    "remote": ("httpx",),
     "gpu": ("triton",),
     "flash-attn": ("flash_attn",),
 }
