@@ -61,7 +61,6 @@ def test_coming_and_going_changes_nobody(lm, kind: str, other: str) -> None:
                 set(event.values)
                 == {"first": {"a"}, "plain": set(), "both": {"a", "b"}, "only": {"b"}}[event.request_id]
             )
-    running.step()
     assert [n.name for n in running.guide.networks] == ["b"]
     running.scheduler.check()
 

@@ -90,9 +90,12 @@ def check_frequencies(world, llm: RemoteLLM, case: dict, samples: int) -> None:
     outputs = llm.generate(TEXT, params, use_tqdm=False)[0].outputs
     counts = Counter(outcome(o.text, o.finish_reason) for o in outputs)
     assert chi_squared_p(counts, expected, samples) > 1e-4
+    base = enumerate_policy(world.lm, {}, SamplingParams(), PROMPT, HORIZON, {EOS})
     if case["values"]:
-        plain = enumerate_policy(world.lm, {}, SamplingParams(), PROMPT, HORIZON, {EOS})
-        assert chi_squared_p(counts, plain, samples) < 1e-4
+        assert chi_squared_p(counts, base, samples) < 1e-4
+    for output in outputs:
+        known = math.log(base[outcome(output.text, output.finish_reason)])
+        assert output.cumulative_logprob == pytest.approx(known, abs=1e-3)
     if "temperature" not in case:
         # The mean over the draws of log pi - log pi0, and the exact sum of the steps, agree.
         gained = [o.cumulative_tilted_logprob - o.cumulative_logprob for o in outputs]
@@ -322,6 +325,16 @@ def test_a_retry_after_is_waited_for(world, faulty, monkeypatch) -> None:
             ),
             EndpointAnswerError,
             "2.5 is no log-probability",
+        ),
+        (
+            (
+                200,
+                b'{"choices": [{"text": " a", "logprobs": {"tokens": ["a"], "token_logprobs": [-1], "top_logprobs": '
+                b'[{"a": -1}]}}]}',
+                {},
+            ),
+            EndpointAnswerError,
+            "writes the token ' a' as 'a'",
         ),
         ((200, b"cut", {}), EndpointAnswerError, "is no JSON"),
         ((500, b"", {}), EndpointUnavailableError, "500"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tests.engine.test_pace import Fixed
@@ -65,5 +63,5 @@ def test_deadlines_that_are_none(served: Served, deadline) -> None:
 def test_times_on_the_command_line() -> None:
     assert (seconds("30ms"), seconds("0.03s"), seconds("0.03"), seconds("2s")) == (0.03, 0.03, 0.03, 2.0)
     for bad in ("", "ms", "-1ms", "0", "nan", "1h", "1e9"):
-        with pytest.raises(ValueError, match=re.escape(bad.removesuffix("ms").removesuffix("s"))):
+        with pytest.raises(ValueError):  # noqa: PT011, argparse names the option and the text
             seconds(bad)

@@ -44,7 +44,7 @@ TAUGHT = {"teacher_candidates": 6, "teacher_positions": 3}
     [
         pytest.param({}, {}, id="monte-carlo"),
         pytest.param({}, {"lam": 0.7}, id="td-target"),
-        pytest.param(TWO_HOT, DISTRIBUTION, id="two-hot"),
+        pytest.param(TWO_HOT, DISTRIBUTION, id="two-hot", marks=pytest.mark.slow),
         pytest.param(HL_GAUSS, {"loss": "hl-gauss", **DISTRIBUTION}, id="hl-gauss"),
         pytest.param({}, {"lam": 0.0, "ema": 0.9}, id="td0-target", marks=pytest.mark.slow),
         pytest.param({}, {"lam": 0.7, "ema": 0.0}, id="td-without-target", marks=pytest.mark.slow),
@@ -52,7 +52,9 @@ TAUGHT = {"teacher_candidates": 6, "teacher_positions": 3}
             HL_GAUSS, {"loss": "hl-gauss", "lam": 0.7, **DISTRIBUTION}, id="hl-gauss-td", marks=pytest.mark.slow
         ),
         pytest.param(TWO_HOT, {"lam": 0.7, **DISTRIBUTION}, id="two-hot-td", marks=pytest.mark.slow),
-        pytest.param({"bounded": True}, {"lam": 0.9}, id="bounded-td", marks=pytest.mark.slow),
+        pytest.param(
+            {"bounded": True}, {"lam": 0.9, "batch_tokens": 256, "epochs": 30}, id="bounded-td", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
@@ -96,6 +98,7 @@ def test_a_teacher_of_distributions_is_followed(lm, solution):
     assert float((at_prompt(lm, network) - wanted).abs().sum()) < 0.3
 
 
+@pytest.mark.slow
 def test_a_distributional_head_learns_spread_from_returns_under_a_scalar_teacher(lm, solution, rollouts):
     network, _ = train(lm, rollouts, head=TWO_HOT, teacher=ExactValue(solution), epochs=8, **DISTRIBUTION, **TAUGHT)
     p, atoms = at_prompt(lm, network), network.heads.atoms(0)

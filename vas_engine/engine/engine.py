@@ -95,7 +95,8 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._live) or bool(self._ended)
+        """Whether there is something to do for a step: requests, ends to report, a value to let go."""
+        return bool(self._live or self._ended or self._retired)
 
     def add_request(
         self,

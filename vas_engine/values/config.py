@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from vas_engine.model.lm import CausalLM
 
 FORMAT_VERSION = 1
-# Up to this many parameters of the base a network keeps a width at which it learns, whatever its share.
-SMALL_BASE = 10_000_000
 ACTIVATIONS = ("gelu", "relu", "silu")
 
 

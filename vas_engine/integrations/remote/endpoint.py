@@ -91,11 +91,13 @@ class NextToken:
         drawn: the token that the endpoint drew at temperature 1.
         ended: that token ends the text.
         top: the most probable tokens, best first.
+        text: what the drawn token adds to the text.
     """
 
     drawn: Alternative
     ended: bool
     top: list[Alternative]
+    text: str = ""
 
 
 class Endpoint:
@@ -285,13 +287,13 @@ def _read(answer: Mapping[str, Any]) -> NextToken:
     if told:
         # This engine's own: the drawn token first, then the most probable others.
         tokens = [Alternative(t["token"] or "", _logprob(t["logprob"]), t["id"]) for t in told[0]]
-        return NextToken(tokens[0], ended, _best(tokens))
+        return NextToken(tokens[0], ended, _best(tokens), choice["text"])
     if not logprobs["tokens"] and ended:  # the end of the text goes without a token of its own
         top = logprobs["top_logprobs"] or [{}]
         return NextToken(Alternative("", -math.inf), True, _best([_alternative(*pair) for pair in top[0].items()]))
     drawn = _alternative(logprobs["tokens"][0], logprobs["token_logprobs"][0])
     top = {_alternative(*pair) for pair in logprobs["top_logprobs"][0].items()}
-    return NextToken(drawn, ended, _best([*top]))
+    return NextToken(drawn, ended, _best([*top]), choice["text"])
 
 
 def _alternative(text: str, logprob: Any) -> Alternative:

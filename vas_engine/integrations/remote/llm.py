@@ -41,7 +41,8 @@ _SHAPE = ("n", "temperature", "seed", "max_tokens", "stop", "include_stop_str_in
 _USED = {*_SHAPE, "values", "num_candidates", "tail", "baseline", "tilt", "advantage_clip"}
 _PIECES = ("bytes:", "<0x")
 _DECISION = 2**31 - 1  # stands for a token id in the noise of the decision between candidates and tail
-MAX_TAIL_DRAWS = 1000
+MAX_TAIL_DRAWS = 200
+BANNED = -100.0
 
 
 class RemoteLLM:
@@ -49,7 +50,8 @@ class RemoteLLM:
 
     Every token is one request for the `num_candidates` most probable next tokens and one that the endpoint draws; the
     values score the candidates here; one is drawn by noise keyed as in LLM. With tail="keep" the endpoint's own draw
-    stands for the tail, in max(0, 1/Z - 1) further requests a token on average, Z being the tilt's normaliser.
+    stands for the tail; where it is not of the tail and should be, another is asked for: as ids one request (with a
+    `logit_bias`), as text one after another, max(0, 1/Z - 1) a token on average, Z being the tilt's normaliser.
 
     Args:
         base_url: of an OpenAI-compatible API with `logprobs` on /completions, such as http://127.0.0.1:8000/v1.
@@ -329,16 +331,23 @@ class _Text:
             outside = _name(found.drawn) not in names
             decision = float(np.exp(-np.exp(-gumbel_noise(seed, self.position, np.array([_DECISION]))[0])))
             if decision < steps.tail_chance(outside):
-                drawn, place = await self._draw_outside(found, names, fresh), None
+                drawn, place = await self._draw_outside(found, names, fresh, steps.tail_log_mass), None
         return self._step(drawn, place, steps, values)
 
-    async def _ask(self, seed: int) -> NextToken:
+    async def _ask(self, seed: int, bias: Mapping[str, float] | None = None) -> NextToken:
         prompt = self.ids if self.ids is not None else self.text
         params = self.params
         # The greedy choice is between the candidates and the best of the others.
         count = params.num_candidates + (params.tail == "keep" and not params.temperature)
-        found = await self.session.endpoint.next_token(prompt, count, seed % 2**31, self.session.id_fields)
+        fields = {**(self.session.id_fields or {}), **({"logit_bias": bias} if bias else {})}
+        found = await self.session.endpoint.next_token(prompt, count, seed % 2**31, fields)
         if not found.ended:
+            written = found.drawn.text
+            if self.ids is None and written != found.text and written.strip() == found.text.strip():
+                raise EndpointAnswerError(
+                    f"the endpoint writes the token {found.text!r} as {written!r}, so its alternatives cannot be put behind "
+                    "the text; give the endpoint's tokenizer, or another server"
+                )
             return found
         llm = self.session.llm
         if found.drawn.id is not None:
@@ -380,13 +389,21 @@ class _Text:
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         return self.prompt + whole[len(start) :].rstrip("\ufffd")
 
-    async def _draw_outside(self, found: NextToken, names: set[Any], seed: int) -> Alternative:
+    async def _draw_outside(self, found: NextToken, names: set[Any], seed: int, tail_log_mass: float) -> Alternative:
         """A token of the tail, drawn by the endpoint."""
+        if self.ids is not None and (_name(found.drawn) in names or found.drawn.id is None):
+            again = await self._ask(fork_seed(seed, 1), {str(token): BANNED for token in names})
+            # Some servers tell log-probabilities from before the bias, others from after it: of the tail alone.
+            raw = any(_name(token) in names and token.logprob > BANNED / 2 for token in again.top)
+            drawn = again.drawn
+            return drawn if raw else dataclasses.replace(drawn, logprob=drawn.logprob + tail_log_mass)
         for attempt in range(1, MAX_TAIL_DRAWS):
             if _name(found.drawn) not in names and (found.ended or self._usable(found.drawn)):
                 return found.drawn
             found = await self._ask(fork_seed(seed, attempt))
-        raise EndpointAnswerError(f"{MAX_TAIL_DRAWS} draws met no token besides the candidates; use tail='drop'")
+        raise EndpointAnswerError(
+            f"{MAX_TAIL_DRAWS} draws met no token besides the candidates; use tail='drop', or give the tokenizer"
+        )
 
     def _step(self, drawn: Alternative, place: int | None, policy: _Policy, values: np.ndarray) -> dict[str, Any]:
         ended = self._ends(drawn) or not math.isfinite(drawn.logprob)

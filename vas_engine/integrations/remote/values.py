@@ -111,7 +111,7 @@ class _Reader:
             # The end of the text is a token of the value's own.
             for row, (_, _, ends) in zip(encoded[1:], candidates, strict=True):
                 if ends and end is not None:
-                    pass
+                    row.append(end)
         # As lists compare, what the least and the greatest share is shared by all.
         pairs = enumerate(zip(min(encoded), max(encoded), strict=False))
         shared = next((place for place, (a, b) in pairs if a != b), min(map(len, encoded)))

@@ -1,0 +1,303 @@
+"""How good values get, and what that buys: data, λ, loss, kind and size of network, each with its KL efficiency.
+
+    python -m benchmarks.value_quality MODEL --out runs/quality --json benchmarks/results/value_quality.json
+    python -m benchmarks.value_quality MODEL --out runs/quality --quick             a few minutes, to see that it works
+
+Reward: VADER's positive less negative share of 96 generated tokens, eight openings. Every run is judged three ways:
+R² on held-out rollouts; the efficiency of its advantages, which needs no decoding; and decoded rewards against exact
+KL at a few weights. What is finished in the folder is not done again, so the command may be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import circumstances, write
+from vas_engine import LLM, SamplingParams
+from vas_engine.evaluation.best_of_n import best_of_n
+from vas_engine.evaluation.measure import measure
+from vas_engine.evaluation.optimum import Optimum
+from vas_engine.model.branches import Branches
+from vas_engine.training.batches import make_batch, split
+from vas_engine.training.collect import CollectConfig, collect
+from vas_engine.training.fit import FitConfig, fit, head_for
+from vas_engine.training.network import make_network
+from vas_engine.training.rewards import load_reward
+from vas_engine.training.rollouts import Rollouts
+from vas_engine.values import load_value
+from vas_engine.values.artifact import save_value
+
+OPENINGS = (
+    "Once upon a time",
+    "One day, a little girl named Lily",
+    "Tom and Sam",
+    "There was a little dog",
+    "The sun was",
+    "Lily had a",
+    "Once there was a boy who",
+    "In the forest",
+)
+MAX_TOKENS = 96
+REWARD = "vader:pos-neg"
+CANDIDATES = 20
+# Weights in standard deviations of the reward: from a third of best-of-16's gain to beyond best-of-128's.
+STRENGTHS = (2.0, 4.0, 6.5)
+BASELINES = (4, 16, 64, 128)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One value to train.
+
+    Attributes:
+        samples: rollouts, held-out ones included. settings: of FitConfig. sizes: of the network.
+        head: "plain", "two-hot" or "hl-gauss".
+        teacher: name of the run that it is distilled from.
+    """
+
+    name: str
+    kind: str
+    samples: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+    head: str = "plain"
+    teacher: str | None = None
+
+
+def plan(quick: bool) -> list[Run]:
+    """What is compared; each line of the study changes one thing."""
+    most, usual = (2_048, 1_024) if quick else (131_072, 32_768)
+    whole = {"epochs": 1, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
+    small = {"epochs": 2, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
+    runs = [Run(f"model, {size}", "model", size, whole) for size in (2_048, 8_192) if size < usual]
+    runs += [Run(f"model, {usual}, λ {lam:g}", "model", usual, whole | {"lam": lam}) for lam in (1.0, 0.9, 0.5)]
+    best = Run(f"model, {most}, λ 0.9", "model", most, whole | {"lam": 0.9})
+    runs += [best]
+    runs += [Run(f"model, {head}", "model", usual, whole, head=head) for head in ("two-hot", "hl-gauss")]
+    for kind, sizes in (("reader", {}), ("side", {}), ("side", {"width": 96, "depth": 4})):
+        label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
+        runs.append(Run(f"{label}, direct", kind, usual, small | {"lam": 0.9}, sizes))
+        runs.append(Run(f"{label}, distilled", kind, usual, small, sizes, teacher=best.name))
+    return runs[:3] if quick else runs
+
+
+@torch.no_grad()
+def advantage_efficiency(
+    lm: Any, network: Any, rollouts: Rollouts, indices: Sequence[int], reward: str, candidates: int = CANDIDATES
+) -> dict[str, float]:
+    """KL efficiency of the mean tilt at small weights, from held-out responses alone.
+
+    With A the advantages over the base's best candidates, centred by the base's probabilities at each state, a
+    weight w gains w sum_t Cov(A_t, R) and costs ½ w² sum_t Var(A_t); the best possible advantages gain the reward's
+    whole variance (between responses to one prompt) at ½ w² of it. So the nats of the optimum at the same reward
+    are (sum Cov)² / (sum Var · Var R) of those spent. What a value recognises a token late lifts all candidates
+    alike and steers nothing: that is ``drift``, which R² does not punish.
+
+    Returns:
+        ``efficiency`` and its standard error; ``gain``, ``spread`` and ``drift``, sums over a response as shares of
+        the reward's variance.
+    """
+    rewards = rollouts.rewards([reward])
+    prompts = [rollouts.rollouts[index].prompt_index for index in range(len(rollouts))]
+    noise = _variance_within(rewards[:, 0], prompts)
+    gains, spreads, drifts = [], [], []
+    for start in range(0, len(indices), 4):
+        batch = make_batch(rollouts, indices[start : start + 4], rewards, lm.device)
+        open_ = batch.mask.clone()
+        open_[torch.arange(len(open_)), batch.last] = False
+        places = torch.arange(open_.shape[1]).expand(open_.shape)
+        logits = lm.dense(batch.token_ids, batch.lengths, logits=True).logits
+        best = logits.float().softmax(-1).topk(min(candidates, logits.shape[-1]), -1)
+        branches = Branches(places, best.indices)
+        output = network.train_values(lm, batch.token_ids, batch.lengths, branches)
+        states, values = (network.heads.mean(part)[..., 0].double() for part in branches.split(output))
+        share = best.values.double()
+        mean = (share * values).sum(-1) / share.sum(-1)
+        advantages = values - mean[..., None]
+        taken = best.indices == batch.token_ids.roll(-1, 1)[..., None]
+        # The state's own value is a control variate: a centred advantage has mean 0 whatever it is multiplied by.
+        left = batch.rewards.double() - states
+        gains.append(((advantages * taken).sum(-1) * left * open_).sum(1))
+        spreads.append(((share * advantages.square()).sum(-1) * open_).sum(1))
+        drifts.append(((mean - states).square() * open_).sum(1))
+    gain, spread, drift = (torch.cat(parts) / noise for parts in (gains, spreads, drifts))
+    efficiency = float(gain.mean().square() / spread.mean())
+    error = 2 * efficiency * float(gain.std() / gain.mean().abs()) / math.sqrt(len(gain))
+    return {
+        "efficiency": efficiency,
+        "error": error,
+        "gain": float(gain.mean()),
+        "spread": float(spread.mean()),
+        "drift": float(drift.mean()),
+    }
+
+
+def _variance_within(rewards: torch.Tensor, prompts: Sequence[int]) -> float:
+    groups = torch.tensor(prompts)
+    return float(torch.stack([rewards[groups == prompt].var() for prompt in groups.unique()]).mean())
+
+
+class Study:
+    """Rollouts, trained values and measurements in one folder."""
+
+    def __init__(self, model: str, folder: Path, samples: int, responses: int) -> None:
+        self.model, self.folder, self.responses = model, folder, responses
+        self.llm = LLM(model, max_num_seqs=512)
+        self.lm, self.reward = self.llm.lm, load_reward(REWARD)
+        start = time.monotonic()
+        per_prompt = -(-samples // len(OPENINGS))
+        config = CollectConfig(samples=per_prompt, max_tokens=MAX_TOKENS, shard_rows=4096)
+        self.rollouts = collect(self.llm, OPENINGS, [self.reward], folder / "rollouts", config)
+        self.collect_seconds = time.monotonic() - start
+        rewards = self.rollouts.rewards([self.reward.name])[:, 0]
+        prompts = torch.tensor([rollout.prompt_index for rollout in self.rollouts])
+        self.pools = [rewards[prompts == prompt].tolist() for prompt in range(len(OPENINGS))]
+        self.spread = float(rewards.std())
+        self.optimum = Optimum(self.pools)
+
+    def part(self, samples: int) -> Rollouts:
+        """So many rollouts, evenly from all prompts."""
+        step = len(self.rollouts) / samples
+        chosen = [self.rollouts.rollouts[int(index * step)] for index in range(samples)]
+        return dataclasses.replace(self.rollouts, rollouts=chosen)
+
+    def base(self) -> dict[str, Any]:
+        """The base and best-of-n."""
+        means = [sum(pool) / len(pool) for pool in self.pools]
+        lines = {"base": {"reward": sum(means) / len(means), "kl": 0.0}}
+        for n in BASELINES:
+            if n <= min(map(len, self.pools)):
+                reward = best_of_n(self.pools, n)
+                lines[f"best of {n}"] = {"reward": asdict(reward), "optimum_kl": self.optimum.kl_at(reward.mean)}
+        return lines
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train, judge and decode; what an earlier call finished is read."""
+        place = self.folder / "values" / run.name.replace(" ", "_").replace(",", "")
+        done = place / "study.json"
+        if done.exists():
+            return json.loads(done.read_text(encoding="utf-8"))
+        rollouts = self.part(run.samples)
+        settings = dict(run.settings) | ({"loss": run.head} if run.head != "plain" else {})
+        config = FitConfig(**settings)
+        distributional = run.head != "plain"
+        head = head_for(rollouts, self.reward.name, distributional=distributional, sigma=config.spread)
+        backbone = self.model if run.kind == "model" else None
+        network = make_network(self.lm, run.kind, [head], tokenizer=self.llm.tokenizer, backbone=backbone, **run.sizes)
+        teacher = load_value(self._place(run.teacher), self.lm) if run.teacher else None
+        report = fit(self.lm, network, rollouts, config, teacher=teacher)
+        _, heldout, _ = split(rollouts, config.holdout, config.holdout_by, config.seed)
+        efficiency = advantage_efficiency(self.lm, network, rollouts, heldout[:512], self.reward.name)
+        save_value(place, network)
+        tilts = ("mean", "optimal") if distributional else ("mean",)
+        line = {
+            "run": asdict(run),
+            "training": report.to_dict(),
+            "advantages": efficiency,
+            "points": [self._decode(place, head.name, strength, tilt) for tilt in tilts for strength in STRENGTHS],
+        }
+        write(done, line)
+        return line
+
+    def _place(self, name: str) -> Path:
+        return self.folder / "values" / name.replace(" ", "_").replace(",", "")
+
+    def _decode(self, place: Path, head: str, strength: float, tilt: str) -> dict[str, Any]:
+        llm = LLM(self.model, values={"value": place}, max_num_seqs=256)
+        weight = strength / self.spread
+        params = SamplingParams(max_tokens=MAX_TOKENS, values={"value": weight}, num_candidates=CANDIDATES, tilt=tilt)
+        found = measure(llm, OPENINGS, params, [self.reward], samples=self.responses, seed=7)
+        reward, kl = found.rewards[self.reward.name], found.kl
+        assert kl is not None
+        return {
+            "weight": weight,
+            "tilt": tilt,
+            "reward": asdict(reward),
+            "kl": asdict(kl),
+            "efficiency": self.optimum.kl_at(reward.mean) / kl.mean,
+            "perplexity": found.perplexity,
+            "flops_per_token": found.flops_per_token,
+        }
+
+
+def draw(path: Path, base: dict[str, Any], lines: Sequence[dict[str, Any]], optimum: Optimum) -> None:
+    """Reward against KL of every run, under the optimum's curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    axes.plot(*optimum.curve(), color="black", label="optimum")
+    for line in lines:
+        points = [point for point in line["points"] if point["tilt"] == "mean"]
+        kl, rewards = [p["kl"]["mean"] for p in points], [p["reward"]["mean"] for p in points]
+        axes.plot(kl, rewards, marker="o", markersize=3, linewidth=1, label=line["run"]["name"])
+    for name, found in base.items():
+        if name.startswith("best of"):
+            axes.axhline(found["reward"]["mean"], color="grey", linewidth=0.5)
+            axes.text(0, found["reward"]["mean"], f" {name}", fontsize=7, color="grey")
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set(xlabel="KL to the base, nats per response", ylabel=f"reward ({REWARD})")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.value_quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="the base model")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rollouts and values")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names contain one of these")
+    parser.add_argument("--responses", type=int, default=64, help="decoded for each opening and weight (64)")
+    parser.add_argument("--quick", action="store_true", help="little data, three runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, and a plot beside")
+    options = parser.parse_args(argv)
+    runs = plan(options.quick)
+    if options.only:
+        runs = [run for run in runs if any(part in run.name for part in options.only)]
+    study = Study(options.model, options.out, max(run.samples for run in plan(options.quick)), options.responses)
+    base = study.base()
+    print(f"{'run':<36}{'R²':>6}{'adv.':>6}{'drift':>7}   reward at KL (efficiency)")
+    lines = []
+    for run in runs:
+        line = study.run(run)
+        lines.append(line)
+        [head] = line["training"]["heads"].values()
+        points = "  ".join(
+            f"{p['reward']['mean']:.3f} at {p['kl']['mean']:.2f} ({p['efficiency']:.2f})" for p in line["points"]
+        )
+        advantages = line["advantages"]
+        print(
+            f"{run.name:<36}{head['r_squared']:>6.3f}{advantages['efficiency']:>6.2f}{advantages['drift']:>7.2f}   "
+            f"{points}",
+            flush=True,
+        )
+    if options.json:
+        record = {"circumstances": circumstances(), "model": Path(options.model).name, "reward": REWARD}
+        record |= {"collect_seconds": study.collect_seconds, "base": base, "runs": lines}
+        write(options.json, record)
+        draw(options.json.with_suffix(".svg"), base, lines, study.optimum)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
