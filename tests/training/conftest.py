@@ -1,4 +1,5 @@
 import pytest
+from chain import build_lm, solve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -20,6 +21,18 @@ WORDS = [
     "hate",
     ".",
 ]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """The model of `tests.training.chain`'s decision problem."""
+    return build_lm()
+
+
+@pytest.fixture(scope="module")
+def solution(lm):
+    """Its exact values."""
+    return solve(lm)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chain import EOS, ExactValue, build_lm, sample, solve, unexplained
+from chain import EOS, ExactValue, sample, unexplained
 
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
@@ -11,16 +11,6 @@ from vas_engine.training.network import make_network
 STEPS = {"epochs": 20, "batch_tokens": 1024, "lr": 5e-3}
 # A distribution takes more of them than a mean.
 DISTRIBUTION = {"batch_tokens": 512, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return build_lm()
-
-
-@pytest.fixture(scope="module")
-def solution(lm):
-    return solve(lm)
 
 
 @pytest.fixture(scope="module")

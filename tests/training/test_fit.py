@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from chain import VOCABULARY, build_lm, predict, sample, solve
+from chain import VOCABULARY, predict, sample
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.training.fit import FitConfig, fit, fit_all, head_for
@@ -10,16 +10,6 @@ from vas_engine.training.loss import value_loss
 from vas_engine.training.network import make_network
 from vas_engine.training.report import save_report
 from vas_engine.training.rollouts import Header, Rollouts
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return build_lm()
-
-
-@pytest.fixture(scope="module")
-def solution(lm):
-    return solve(lm)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from chain import ExactValue, build_lm, sample, solve
+from chain import ExactValue, build_lm, sample
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.model.lm import CausalLM
@@ -12,16 +12,6 @@ from vas_engine.training.fit import FitConfig, fit_all, head_for
 from vas_engine.training.network import make_network
 
 SETTINGS = {"epochs": 4, "batch_tokens": 512, "lam": 0.8, "ema": 0.9, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return build_lm()
-
-
-@pytest.fixture(scope="module")
-def solution(lm):
-    return solve(lm)
 
 
 @pytest.fixture(scope="module")

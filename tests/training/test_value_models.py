@@ -1,6 +1,6 @@
 import pytest
 import torch
-from chain import PROMPT, build_lm, predict, sample, solve, unexplained
+from chain import PROMPT, build_lm, predict, sample, unexplained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from vas_engine.errors import InvalidArgumentError
@@ -8,16 +8,6 @@ from vas_engine.model.lm import CausalLM
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
 from vas_engine.values.artifact import load_value, save_value
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return build_lm()
-
-
-@pytest.fixture(scope="module")
-def solution(lm):
-    return solve(lm)
 
 
 @pytest.fixture(scope="module")
