@@ -1,7 +1,7 @@
 """How good values get, and what that buys: data, λ, loss, kind and size of network, each with its KL efficiency.
 
     python -m benchmarks.value_quality MODEL --out runs/quality --json benchmarks/results/value_quality.json
-    python -m benchmarks.value_quality MODEL --out runs/quality --quick             a few minutes, to see that it works
+    python -m benchmarks.value_quality MODEL --out runs/try --rollouts 2048 --responses 8      does it run at all?
 
 Reward: VADER's positive less negative share of 96 generated tokens, eight openings. Every run is judged three ways:
 R² on held-out rollouts; the efficiency of its advantages, which needs no decoding; and decoded rewards against exact
@@ -75,21 +75,26 @@ class Run:
     teacher: str | None = None
 
 
-def plan(quick: bool) -> list[Run]:
-    """What is compared; each line of the study changes one thing."""
-    most, usual = (2_048, 1_024) if quick else (131_072, 32_768)
+def plan(most: int) -> list[Run]:
+    """What is compared, on at most so many rollouts; each line of the study changes one thing."""
+    usual = min(most, 32_768)
     whole = {"epochs": 1, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
     small = {"epochs": 2, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
     runs = [Run(f"model, {size}", "model", size, whole) for size in (2_048, 8_192) if size < usual]
     runs += [Run(f"model, {usual}, λ {lam:g}", "model", usual, whole | {"lam": lam}) for lam in (1.0, 0.9, 0.5)]
-    best = Run(f"model, {most}, λ 0.9", "model", most, whole | {"lam": 0.9})
-    runs += [best]
+    steady = whole | {"lam": 0.9, "consistency": 30.0}
+    runs += [
+        Run(f"model, {usual}, λ 0.9, consistency {c:g}", "model", usual, steady | {"consistency": c})
+        for c in (10.0, 30.0)
+    ]
+    best = Run(f"model, {most}, λ 0.9, consistency 30", "model", most, steady)
+    runs += [best] if most > usual else []
     runs += [Run(f"model, {head}", "model", usual, whole, head=head) for head in ("two-hot", "hl-gauss")]
     for kind, sizes in (("reader", {}), ("side", {}), ("side", {"width": 96, "depth": 4})):
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
-        runs.append(Run(f"{label}, direct", kind, usual, small | {"lam": 0.9}, sizes))
+        runs.append(Run(f"{label}, direct", kind, usual, small | {"lam": 0.9, "consistency": 30.0}, sizes))
         runs.append(Run(f"{label}, distilled", kind, usual, small, sizes, teacher=best.name))
-    return runs[:3] if quick else runs
+    return runs
 
 
 @torch.no_grad()
@@ -268,13 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of rollouts and values")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names contain one of these")
     parser.add_argument("--responses", type=int, default=64, help="decoded for each opening and weight (64)")
-    parser.add_argument("--quick", action="store_true", help="little data, three runs")
+    parser.add_argument("--rollouts", type=int, default=131_072, metavar="N", help="at most so many (131072)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, and a plot beside")
     options = parser.parse_args(argv)
-    runs = plan(options.quick)
+    runs = plan(options.rollouts)
     if options.only:
         runs = [run for run in runs if any(part in run.name for part in options.only)]
-    study = Study(options.model, options.out, max(run.samples for run in plan(options.quick)), options.responses)
+    study = Study(options.model, options.out, options.rollouts, options.responses)
     base = study.base()
     print(f"{'run':<36}{'R²':>6}{'adv.':>6}{'drift':>7}   reward at KL (efficiency)")
     lines = []

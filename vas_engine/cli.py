@@ -34,7 +34,13 @@ COMMANDS = {
     "bench": Command("vas_engine.commands.bench", "measure speed"),
     "info": Command("vas_engine.commands.info", "versions, devices, and what a model or value is"),
 }
-_EXTRAS = {"pyarrow": "train", "vaderSentiment": "train", "matplotlib": "plot", "plotext": "plot", "opentelemetry": "otel"}
+_EXTRAS = {
+    "pyarrow": "train",
+    "vaderSentiment": "train",
+    "matplotlib": "plot",
+    "plotext": "plot",
+    "opentelemetry": "otel",
+}
 _EPILOG = """\
 examples:
   vas info

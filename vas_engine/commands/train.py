@@ -57,6 +57,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         ("weight-decay", float, "of matrices"),
         ("lam", float, "λ of TD(λ); 1 (default) is Monte Carlo"),
         ("gamma", float, "discount per token"),
+        ("consistency", float, "weight of the one-step consistency of V, such as 30 (default 0)"),
         ("loss", str, "of distributional heads: two-hot (default) or hl-gauss"),
         ("sigma", float, "of hl-gauss, in steps between atoms (default 0.75)"),
         ("ema", float, "decay of the averaged weights, which are kept; 0: none"),

@@ -24,6 +24,8 @@ class FitConfig:
         weight_decay: of matrices; biases and gains have none.
         lam: λ of TD(λ); 1 is Monte Carlo.
         gamma: discount per token.
+        consistency: weight of the one-step consistency of V beside the returns (see
+            `vas_engine.training.loss.consistency_loss`), reached after two thirds of all steps.
         loss: of distributional heads: "two-hot", or "hl-gauss" with ``sigma`` in steps between atoms (Farebrother
             et al. 2024 found 0.75 to do well).
         ema: decay per step of a moving average of the weights. The average gives the predictions that TD(λ < 1)
@@ -53,6 +55,7 @@ class FitConfig:
     warmup: float = 0.05
     lam: float = 1.0
     gamma: float = 1.0
+    consistency: float = 0.0
     loss: str = "two-hot"
     sigma: float = 0.75
     ema: float | None = None
@@ -79,7 +82,8 @@ class FitConfig:
                 arguments.real(name, getattr(self, name), 0, above_low=True)
         for name in ("lam", "gamma", "warmup", "teacher_share"):
             arguments.real(name, getattr(self, name), 0, 1)
-        arguments.real("weight_decay", self.weight_decay, 0)
+        for name in ("weight_decay", "consistency"):
+            arguments.real(name, getattr(self, name), 0)
         arguments.choice("loss", self.loss, LOSSES)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InvalidArgumentError("ema", self.ema, "give a decay from 0 (none) to below 1, such as 0.99")

@@ -17,7 +17,7 @@ from vas_engine.training.batches import Batch
 from vas_engine.training.config import FitConfig
 from vas_engine.training.distill import Lesson, Teacher
 from vas_engine.training.lora import Adapters
-from vas_engine.training.loss import value_loss
+from vas_engine.training.loss import consistency_loss, value_loss
 from vas_engine.training.report import EpochReport
 from vas_engine.training.rollouts import Rollouts
 from vas_engine.values.value_model import ValueModel
@@ -92,6 +92,8 @@ class Trainee:
         losses = value_loss(
             self.heads, states, batch.rewards, batch.last, config.lam, config.gamma, bootstrap, config.spread
         )
+        if strength := self._consistency():
+            losses = losses + strength * consistency_loss(self.heads, states, batch.last, config.gamma)
         losses = batch.mean(losses)
         if lesson is not None and self.teacher is not None:
             share = losses.new_tensor([self._teacher_share(index) for index in range(len(losses))])
@@ -109,6 +111,11 @@ class Trainee:
         if self.average:
             self.average.update()
         return float(loss.detach())
+
+    def _consistency(self) -> float:
+        """Weight of the consistency loss in the step to come: none in the first third of all steps, while V has yet to
+        find its level, then up in a line over the second."""
+        return self.config.consistency * min(max(3 * self.steps / self.total - 1, 0.0), 1.0)
 
     def _teacher_share(self, index: int) -> float:
         """Of a head: a distribution that the teacher does not know is learnt from the returns all the same."""

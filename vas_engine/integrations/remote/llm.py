@@ -345,8 +345,8 @@ class _Text:
             written = found.drawn.text
             if self.ids is None and written != found.text and written.strip() == found.text.strip():
                 raise EndpointAnswerError(
-                    f"the endpoint writes the token {found.text!r} as {written!r}, so its alternatives cannot be put behind "
-                    "the text; give the endpoint's tokenizer, or another server"
+                    f"the endpoint writes the token {found.text!r} as {written!r}, so its alternatives cannot be put "
+                    "behind the text; give the endpoint's tokenizer, or another server"
                 )
             return found
         llm = self.session.llm
