@@ -52,7 +52,7 @@ class Served:
     state: State
 
     def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=300, **options)
 
     def post(self, path: str, body: dict | None = None, **options) -> httpx.Response:
         headers = {"Content-Type": "application/json", **options.pop("headers", {})}
@@ -69,14 +69,14 @@ class Served:
         """Waits until nothing runs; then no block may be held and all bookkeeping must agree."""
         loop = self.server._loop
         assert loop is not None
-        asyncio.run_coroutine_threadsafe(self.state.worker.idle(), loop).result(60)
+        asyncio.run_coroutine_threadsafe(self.state.worker.idle(), loop).result(300)
 
         def look(engine) -> int:
             assert not engine.scheduler.has_work
             engine.scheduler.check()
             return engine.blocks.num_used
 
-        assert asyncio.run_coroutine_threadsafe(self.state.worker.call(look), loop).result(60) == 0
+        assert asyncio.run_coroutine_threadsafe(self.state.worker.call(look), loop).result(300) == 0
 
 
 @contextlib.contextmanager

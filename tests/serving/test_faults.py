@@ -154,6 +154,7 @@ def test_clients_that_never_read_hold_nobody(expected: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_thousand_clients_that_never_read(expected: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 4096:
@@ -376,6 +377,7 @@ def test_soak(expected: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_long_soak(expected: str) -> None:
     soak(3000)
 
