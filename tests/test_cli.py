@@ -170,7 +170,7 @@ def test_json_holds_everything(model, value, capsys):
     assert len(record["outputs"]) == 2
     completion = record["outputs"][0]
     assert len(completion["values"]["kind"]) == len(completion["logprobs"]) == 4
-    assert {"logprob", "tilted_logprob", "token", "rank", "token_id"} == set(completion["logprobs"][0][0])
+    assert {"logprob", "tilted_logprob", "token", "rank", "token_id", "values"} == set(completion["logprobs"][0][0])
     assert completion["kl"] >= 0
     assert record["metrics"]["value_evaluations"] == 2 * 4 * 21
 
