@@ -4,8 +4,8 @@
     python -m benchmarks.value_quality MODEL --out runs/try --rollouts 2048 --responses 8      does it run at all?
 
 Reward: VADER's positive less negative share of 96 generated tokens, eight openings. Every run is judged three ways:
-R² on held-out rollouts; the efficiency of its advantages, which needs no decoding; and decoded rewards against exact
-KL at a few weights. What is finished in the folder is not done again, so the command may be stopped and repeated.
+R² on held-out rollouts; the efficiency of its advantages there, which needs no decoding; and decoded rewards against
+exact KL at a few weights. What is finished in the folder is not done again, so the command may be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -28,12 +27,10 @@ from vas_engine import LLM, SamplingParams
 from vas_engine.evaluation.best_of_n import best_of_n
 from vas_engine.evaluation.measure import measure
 from vas_engine.evaluation.optimum import Optimum
-from vas_engine.model.branches import Branches
-from vas_engine.training.batches import make_batch, split
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
-from vas_engine.training.rewards import load_reward
+from vas_engine.training.rewards import RewardProcess, load_reward
 from vas_engine.training.rollouts import Rollouts
 from vas_engine.values import load_value
 from vas_engine.values.artifact import save_value
@@ -50,10 +47,15 @@ OPENINGS = (
 )
 MAX_TOKENS = 96
 REWARD = "vader:pos-neg"
+PARTIAL_REWARDS = 4
 CANDIDATES = 20
 # Weights in standard deviations of the reward: from a third of best-of-16's gain to beyond best-of-128's.
 STRENGTHS = (2.0, 4.0, 6.5)
 BASELINES = (4, 16, 64, 128)
+
+
+# What the study arrived at for a whole model; the others change one thing each.
+RECIPE = {"epochs": 1, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656, "consistency": 50.0}
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Run:
     """One value to train.
 
     Attributes:
-        samples: rollouts, held-out ones included. settings: of FitConfig. sizes: of the network.
+        samples: rollouts, held-out ones included. settings: of FitConfig, beside the recipe's. sizes: of the network.
         head: "plain", "two-hot" or "hl-gauss".
+        partial: whether the rewards of beginnings are used.
         teacher: name of the run that it is distilled from.
     """
 
@@ -72,85 +75,30 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     head: str = "plain"
+    partial: bool = True
     teacher: str | None = None
 
 
 def plan(most: int) -> list[Run]:
-    """What is compared, on at most so many rollouts; each line of the study changes one thing."""
+    """What is compared, on at most so many rollouts."""
     usual = min(most, 32_768)
-    whole = {"epochs": 1, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
-    small = {"epochs": 2, "lr": 2e-3, "weight_decay": 0.05, "ema": 0.998, "batch_tokens": 6_656}
-    runs = [Run(f"model, {size}", "model", size, whole) for size in (2_048, 8_192) if size < usual]
-    runs += [Run(f"model, {usual}, λ {lam:g}", "model", usual, whole | {"lam": lam}) for lam in (1.0, 0.9, 0.5)]
-    steady = whole | {"lam": 0.9, "consistency": 30.0}
-    runs += [
-        Run(f"model, {usual}, λ 0.9, consistency {c:g}", "model", usual, steady | {"consistency": c})
-        for c in (10.0, 30.0)
-    ]
-    best = Run(f"model, {most}, λ 0.9, consistency 30", "model", most, steady)
-    runs += [best] if most > usual else []
-    runs += [Run(f"model, {head}", "model", usual, whole, head=head) for head in ("two-hot", "hl-gauss")]
+    best = Run(f"model, {most}", "model", most)
+    runs = [best] + [Run(f"model, {size}", "model", size) for size in (2_048, 8_192, 32_768) if size < most]
     for kind, sizes in (("reader", {}), ("side", {}), ("side", {"width": 96, "depth": 4})):
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
-        runs.append(Run(f"{label}, direct", kind, usual, small | {"lam": 0.9, "consistency": 30.0}, sizes))
-        runs.append(Run(f"{label}, distilled", kind, usual, small, sizes, teacher=best.name))
-    return runs
-
-
-@torch.no_grad()
-def advantage_efficiency(
-    lm: Any, network: Any, rollouts: Rollouts, indices: Sequence[int], reward: str, candidates: int = CANDIDATES
-) -> dict[str, float]:
-    """KL efficiency of the mean tilt at small weights, from held-out responses alone.
-
-    With A the advantages over the base's best candidates, centred by the base's probabilities at each state, a
-    weight w gains w sum_t Cov(A_t, R) and costs ½ w² sum_t Var(A_t); the best possible advantages gain the reward's
-    whole variance (between responses to one prompt) at ½ w² of it. So the nats of the optimum at the same reward
-    are (sum Cov)² / (sum Var · Var R) of those spent. What a value recognises a token late lifts all candidates
-    alike and steers nothing: that is ``drift``, which R² does not punish.
-
-    Returns:
-        ``efficiency`` and its standard error; ``gain``, ``spread`` and ``drift``, sums over a response as shares of
-        the reward's variance.
-    """
-    rewards = rollouts.rewards([reward])
-    prompts = [rollouts.rollouts[index].prompt_index for index in range(len(rollouts))]
-    noise = _variance_within(rewards[:, 0], prompts)
-    gains, spreads, drifts = [], [], []
-    for start in range(0, len(indices), 4):
-        batch = make_batch(rollouts, indices[start : start + 4], rewards, lm.device)
-        open_ = batch.mask.clone()
-        open_[torch.arange(len(open_)), batch.last] = False
-        places = torch.arange(open_.shape[1]).expand(open_.shape)
-        logits = lm.dense(batch.token_ids, batch.lengths, logits=True).logits
-        best = logits.float().softmax(-1).topk(min(candidates, logits.shape[-1]), -1)
-        branches = Branches(places, best.indices)
-        output = network.train_values(lm, batch.token_ids, batch.lengths, branches)
-        states, values = (network.heads.mean(part)[..., 0].double() for part in branches.split(output))
-        share = best.values.double()
-        mean = (share * values).sum(-1) / share.sum(-1)
-        advantages = values - mean[..., None]
-        taken = best.indices == batch.token_ids.roll(-1, 1)[..., None]
-        # The state's own value is a control variate: a centred advantage has mean 0 whatever it is multiplied by.
-        left = batch.rewards.double() - states
-        gains.append(((advantages * taken).sum(-1) * left * open_).sum(1))
-        spreads.append(((share * advantages.square()).sum(-1) * open_).sum(1))
-        drifts.append(((mean - states).square() * open_).sum(1))
-    gain, spread, drift = (torch.cat(parts) / noise for parts in (gains, spreads, drifts))
-    efficiency = float(gain.mean().square() / spread.mean())
-    error = 2 * efficiency * float(gain.std() / gain.mean().abs()) / math.sqrt(len(gain))
-    return {
-        "efficiency": efficiency,
-        "error": error,
-        "gain": float(gain.mean()),
-        "spread": float(spread.mean()),
-        "drift": float(drift.mean()),
+        runs.append(Run(f"{label}, distilled", kind, usual, {"epochs": 2}, sizes, teacher=best.name))
+        runs.append(Run(f"{label}, direct", kind, usual, {"epochs": 2}, sizes))
+    changes: dict[str, dict[str, Any]] = {
+        "no consistency": {"consistency": 0.0},
+        "consistency 15": {"consistency": 15.0},
+        "no increments": {"increments": 0.0},
+        "λ 0.5": {"lam": 0.5},
+        "λ 0.95": {"lam": 0.95},
     }
-
-
-def _variance_within(rewards: torch.Tensor, prompts: Sequence[int]) -> float:
-    groups = torch.tensor(prompts)
-    return float(torch.stack([rewards[groups == prompt].var() for prompt in groups.unique()]).mean())
+    runs += [Run(f"model, {usual}, {name}", "model", usual, settings) for name, settings in changes.items()]
+    whole = {"no partial rewards, λ 1": {"consistency": 0.0}, "no partial rewards, λ 0.9": {"lam": 0.9}}
+    runs += [Run(f"model, {usual}, {name}", "model", usual, s, partial=False) for name, s in whole.items()]
+    return runs + [Run(f"model, {usual}, {head}", "model", usual, head=head) for head in ("two-hot", "hl-gauss")]
 
 
 class Study:
@@ -160,11 +108,14 @@ class Study:
         self.model, self.folder, self.responses = model, folder, responses
         self.llm = LLM(model, max_num_seqs=512)
         self.lm, self.reward = self.llm.lm, load_reward(REWARD)
-        start = time.monotonic()
+        start, before = time.monotonic(), (folder / "rollouts").exists()
         per_prompt = -(-samples // len(OPENINGS))
-        config = CollectConfig(samples=per_prompt, max_tokens=MAX_TOKENS, shard_rows=4096)
-        self.rollouts = collect(self.llm, OPENINGS, [self.reward], folder / "rollouts", config)
-        self.collect_seconds = time.monotonic() - start
+        config = CollectConfig(
+            samples=per_prompt, max_tokens=MAX_TOKENS, shard_rows=4096, partial_rewards=PARTIAL_REWARDS
+        )
+        with RewardProcess([REWARD]) as process:
+            self.rollouts = collect(self.llm, OPENINGS, process.rewards, folder / "rollouts", config)
+        self.collect_seconds = None if before else time.monotonic() - start
         rewards = self.rollouts.rewards([self.reward.name])[:, 0]
         prompts = torch.tensor([rollout.prompt_index for rollout in self.rollouts])
         self.pools = [rewards[prompts == prompt].tolist() for prompt in range(len(OPENINGS))]
@@ -189,12 +140,16 @@ class Study:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, judge and decode; what an earlier call finished is read."""
-        place = self.folder / "values" / run.name.replace(" ", "_").replace(",", "")
+        place = self._place(run.name)
         done = place / "study.json"
         if done.exists():
             return json.loads(done.read_text(encoding="utf-8"))
         rollouts = self.part(run.samples)
-        settings = dict(run.settings) | ({"loss": run.head} if run.head != "plain" else {})
+        if not run.partial:
+            header = rollouts.header
+            header = dataclasses.replace(header, settings=header.settings | {"partial_rewards": 0})
+            rollouts = dataclasses.replace(rollouts, header=header)
+        settings = RECIPE | run.settings | ({"loss": run.head} if run.head != "plain" else {})
         config = FitConfig(**settings)
         distributional = run.head != "plain"
         head = head_for(rollouts, self.reward.name, distributional=distributional, sigma=config.spread)
@@ -202,14 +157,11 @@ class Study:
         network = make_network(self.lm, run.kind, [head], tokenizer=self.llm.tokenizer, backbone=backbone, **run.sizes)
         teacher = load_value(self._place(run.teacher), self.lm) if run.teacher else None
         report = fit(self.lm, network, rollouts, config, teacher=teacher)
-        _, heldout, _ = split(rollouts, config.holdout, config.holdout_by, config.seed)
-        efficiency = advantage_efficiency(self.lm, network, rollouts, heldout[:512], self.reward.name)
         save_value(place, network)
         tilts = ("mean", "optimal") if distributional else ("mean",)
         line = {
             "run": asdict(run),
             "training": report.to_dict(),
-            "advantages": efficiency,
             "points": [self._decode(place, head.name, strength, tilt) for tilt in tilts for strength in STRENGTHS],
         }
         write(done, line)
@@ -287,10 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = study.run(run)
         lines.append(line)
         [head] = line["training"]["heads"].values()
+        advantages = head["advantages"]
         points = "  ".join(
             f"{p['reward']['mean']:.3f} at {p['kl']['mean']:.2f} ({p['efficiency']:.2f})" for p in line["points"]
         )
-        advantages = line["advantages"]
         print(
             f"{run.name:<36}{head['r_squared']:>6.3f}{advantages['efficiency']:>6.2f}{advantages['drift']:>7.2f}   "
             f"{points}",

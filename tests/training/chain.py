@@ -79,8 +79,11 @@ def solve(lm: CausalLM) -> Solution:
     return Solution(values, reach, policy)
 
 
-def sample(lm: CausalLM, solution: Solution, count: int, seed: int = 0, strength: float = 0.0) -> Rollouts:
-    """Responses of the model, or of its policy tilted by ``strength`` times the exact values, with log-ratios.
+def sample(
+    lm: CausalLM, solution: Solution, count: int, seed: int = 0, strength: float = 0.0, every: int = 0
+) -> Rollouts:
+    """Responses of the model, or of its policy tilted by ``strength`` times the exact values, with log-ratios; with
+    rewards of their beginnings, ``every`` so many tokens.
 
     Every response comes as often as it should, up to one (systematic sampling): the returns of few rollouts are
     then as good as those of many.
@@ -99,8 +102,12 @@ def sample(lm: CausalLM, solution: Solution, count: int, seed: int = 0, strength
         steps = [(response[:i], token) for i, token in enumerate(response)]
         ratios = [float((policy[prefix][token] / solution.policy[prefix][token]).log()) for prefix, token in steps]
         given = {"log_ratio": sum(ratios), "log_ratios": ratios} if strength else {}
+        if every:
+            parts = [response[:cut] for cut in range(every, len(response), every)]
+            given |= {"partial_rewards": {"points": list(map(reward, parts)), "length": [float(len(p)) for p in parts]}}
         rollouts.append(Rollout("", "", list(PROMPT), list(response), reason, index, 0, rewards, **given))
-    return Rollouts(Header(lm.fingerprint(), {}, {name: {"bounds": None} for name in rewards}), rollouts)
+    settings = {"partial_rewards": every, "max_tokens": HORIZON} if every else {}
+    return Rollouts(Header(lm.fingerprint(), settings, {name: {"bounds": None} for name in rewards}), rollouts)
 
 
 def _tilted(solution: Solution, prefix: tuple[int, ...], strength: float) -> torch.Tensor:

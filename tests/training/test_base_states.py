@@ -31,11 +31,12 @@ def train(lm, rollouts, kinds, states=None, teacher=None, sizes=None, **settings
 
 
 def calls_of(lm, monkeypatch) -> list[int]:
-    """Rows of each run of the model from now on."""
+    """Rows of each run of the model from now on, runs for candidates left out."""
     rows, dense = [], lm.dense
 
     def counting(tokens, *args, **options):
-        rows.append(tokens.numel())
+        if options.get("branches") is None:
+            rows.append(tokens.numel())
         return dense(tokens, *args, **options)
 
     monkeypatch.setattr(lm, "dense", counting)
@@ -55,9 +56,9 @@ def test_states_in_memory_are_those_of_the_model(lm, rollouts, monkeypatch, kind
     rows = calls_of(lm, monkeypatch)
     kept, source = train(lm, rollouts, kinds)
     assert source == "memory"
-    # One run over all rollouts, with a little padding; training and validation need no more.
+    # One run over all rollouts, with a little padding, and one to find candidates for the held-out tenth.
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
-    assert tokens <= sum(rows) < 1.2 * tokens
+    assert tokens <= sum(rows) < 1.3 * tokens
     assert_same(run, kept)
 
 

@@ -110,6 +110,36 @@ def test_hidden_states_are_those_of_the_model(llm, rewards, reference, tmp_path)
         assert torch.allclose(state, llm.lm.dense(tokens).last_hidden[0], atol=1e-5)
 
 
+def test_beginnings_are_scored_too(llm, rewards, reference, tmp_path):
+    config = replace(CONFIG, partial_rewards=3)
+    parts = collect(llm, PROMPTS, rewards, tmp_path / "run", config, use_tqdm=False)
+    assert [row.response_ids for row in parts] == [row.response_ids for row in reference]
+    assert [row.rewards for row in parts] == [row.rewards for row in reference]
+    for row in parts.rollouts[::4]:
+        texts = [
+            llm.generate(row.prompt, SamplingParams(max_tokens=cut, seed=row.seed), use_tqdm=False)[0].outputs[0].text
+            for cut in range(3, len(row.response_ids), 3)
+        ]
+        expected = score(rewards[0], [row.prompt] * len(texts), texts)
+        assert row.partial_rewards["vader"] == pytest.approx(expected)
+    table = parts.partial_rewards(["length", "vader"])
+    assert table.shape == (18, 2, 2)
+    assert parts.part_tokens == 3
+    short = [len(row.response_ids) <= 6 for row in parts]
+    assert table[:, 1, 0].isnan().tolist() == short
+    with pytest.raises(InvalidArgumentError, match="partial_rewards"):
+        collect(llm, PROMPTS, rewards, tmp_path / "run", CONFIG, use_tqdm=False)
+
+
+def test_a_reward_that_fails_on_a_beginning_says_whose(llm, reference, tmp_path):
+    row = reference.rollouts[2]
+    bad = llm.generate(row.prompt, SamplingParams(max_tokens=3, seed=row.seed), use_tqdm=False)[0].outputs[0].text
+    broken = FunctionReward("broken", lambda p, r: float("nan") if r == bad else 0.0)
+    with pytest.raises(TrainingDataError, match="gave nan") as caught:
+        collect(llm, PROMPTS, [broken], tmp_path / "run", replace(CONFIG, partial_rewards=3), use_tqdm=False)
+    assert "is the beginning of sample" in caught.value.__notes__[0]
+
+
 def test_what_cannot_be_collected(llm, rewards, tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"prompts\[1\].*1 to 31 tokens"):
         collect(llm, ["the", "the " * 40], rewards, tmp_path / "a", CONFIG, use_tqdm=False)

@@ -1,5 +1,7 @@
 """Every way to train finds the exact values of a problem small enough to solve by dynamic programming."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from chain import EOS, ExactValue, sample, unexplained
@@ -55,6 +57,25 @@ def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
     # The exact values explain 0.34 of the rewards' variance over all positions, and all of it at the end.
     assert 0.25 < report.heads["points"].r_squared < 0.45
     assert report.heads["points"].r_squared_last_quarter > 0.9
+
+
+@pytest.mark.parametrize("settings", [{}, {"increments": 0.0, "lam": 0.0}, {"consistency": 3.0}])
+def test_a_critic_that_knows_the_rewards_of_beginnings_leads_to_the_exact_values(lm, solution, settings):
+    parts = sample(lm, solution, 1500, every=1)
+    # Increments outweigh the level, which takes more steps to find.
+    network, report = train(lm, parts, **{"batch_tokens": 256, "lr": 2e-3, **settings})
+    assert report.settings["critic"]
+    assert unexplained(lm, network, solution) < 0.1
+    # The critic's weights are no part of the value.
+    assert report.parameters == sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def test_beginnings_teach_where_rewards_are_few(lm, solution):
+    """The same responses, with and without their rewards on the way."""
+    few = sample(lm, solution, 100, every=1)
+    silent = few.__class__(replace(few.header, settings={}), few.rollouts)
+    found = [unexplained(lm, train(lm, data, batch_tokens=128)[0], solution) for data in (few, silent)]
+    assert found[0] < 0.8 * found[1]
 
 
 @pytest.mark.slow

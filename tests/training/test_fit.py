@@ -131,7 +131,7 @@ def test_interrupted(lm, rollouts, monkeypatch):
 
         def interrupting(*args, train_values=train_values, calls=calls):
             calls.append(1)
-            if len(calls) == 25:
+            if len(calls) == 80:
                 raise KeyboardInterrupt
             return train_values(*args)
 

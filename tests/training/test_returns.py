@@ -39,6 +39,18 @@ def test_equals_the_definition(lam, gamma, lasts, seed):
             assert returns[row, :, m].tolist() == pytest.approx(expected, abs=1e-12)
 
 
+def test_only_known_values_are_bootstrapped_from():
+    """Between them the return goes on as it is."""
+    values = torch.tensor([5.0, 1.0, 7.0, 3.0, 9.0])[None, :, None]
+    known = torch.tensor([[False, True, False, True, False]])
+    returns = lambda_returns(values, torch.tensor([[8.0]]), torch.tensor([4]), 0.5, 1.0, known)
+    # Past position 3: half its value, half the reward.
+    beyond = 0.5 * 3.0 + 0.5 * 8.0
+    assert returns[0, :, 0].tolist() == [0.5 * 1.0 + 0.5 * beyond, beyond, beyond, 8.0, 8.0]
+    everywhere = lambda_returns(values, torch.tensor([[8.0]]), torch.tensor([4]), 0.5, 0.9, torch.ones(1, 5).bool())
+    assert torch.equal(everywhere, lambda_returns(values, torch.tensor([[8.0]]), torch.tensor([4]), 0.5, 0.9))
+
+
 def test_padding_and_the_value_at_the_end_are_not_read():
     values = torch.randn(1, 5, 1)
     values[0, 2:] = torch.nan

@@ -27,6 +27,7 @@ examples:
   vas collect MODEL --prompts prompts.txt --reward vader --out runs/mood
   vas collect MODEL --prompts chats.jsonl --reward length --reward mine=rewards:score --out runs/two
   vas collect MODEL --prompts trl-lib/tldr --split train --reward good=hf:REWARD_MODEL --out runs/tldr
+  vas collect MODEL --prompts p.txt --reward vader --partial-rewards 4 --samples 4096 --out runs/strong
   vas collect MODEL --prompts p.txt --reward mood=vader --reward "both=mood + 0.01*length" --out runs/both
   vas collect MODEL --prompts p.txt --reward vader --value mood=VALUE --weight mood=4 --out runs/second-round
 
@@ -60,6 +61,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-rows", type=int, default=512, help="responses per file (default 512)")
     parser.add_argument("--hidden-states", action="store_true", help="keep the model's final hidden states too")
+    parser.add_argument(
+        "--partial-rewards",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score every response's first N, 2 N, ... tokens too: values get much better where a beginning's reward "
+        "says something about the whole's (try 4; a reward costs that many more calls)",
+    )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON")
     group = parser.add_argument_group("rewards")
     add = group.add_argument
@@ -92,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--{name.replace('_', '-')}", setting, "is for guided sampling: add --weight")
     if args.weight and not args.value:
         raise InvalidArgumentError("--weight", args.weight[0], "no value is loaded; add --value NAME=FOLDER")
-    config = CollectConfig(args.samples, args.max_tokens, args.seed, args.shard_rows, args.hidden_states, **guidance)
+    settings = ("samples", "max_tokens", "seed", "shard_rows", "hidden_states", "partial_rewards")
+    config = CollectConfig(**{name: getattr(args, name) for name in settings}, **guidance)
     prompts = load_prompts(args.prompts, column=args.prompt_column, split=args.split)
     with RewardProcess(
         args.reward, whole_text=args.whole_text, device=args.reward_device, timeout=args.reward_timeout

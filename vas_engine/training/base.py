@@ -118,6 +118,12 @@ class FrozenBase:
         return found[2]
 
     @torch.no_grad()
+    def final_states(self, batch: Batch) -> torch.Tensor:
+        """[B, T, H] of the batch that is worked on, for logits; the model runs for them where they are not kept."""
+        found = self.dense(batch.token_ids, batch.lengths).last_hidden
+        return self._lm.dense(batch.token_ids, batch.lengths).last_hidden if found is None else found
+
+    @torch.no_grad()
     def _run(self, token_ids: torch.Tensor, lengths: torch.Tensor | None, branches: Branches | None) -> DenseOutput:
         return self._lm.dense(token_ids, lengths, self._states, self._layers, branches=branches)
 

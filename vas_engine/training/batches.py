@@ -52,6 +52,19 @@ class Batch:
         weights = self.weights[self.mask]
         return weights @ losses[self.mask] / weights.sum()
 
+    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw states of each response, without repetition, among those that a token follows.
+
+        Returns:
+            Their positions, int64 [B, P], P at most ``count``; and whether they exist, bool [B, P].
+        """
+        positions = torch.arange(self.token_ids.shape[1], device=self.token_ids.device)
+        open_ = (positions >= self.first[:, None]) & (positions < self.last[:, None])
+        draws = torch.rand(open_.shape, generator=generator).to(open_.device).masked_fill(~open_, -1.0)
+        found = draws.topk(min(count, open_.shape[1]), -1)
+        exist = found.values >= 0
+        return torch.where(exist, found.indices, self.first[:, None]), exist
+
     @property
     def last(self) -> torch.Tensor:
         """int64 [B], the last position, EOS included: the state that the reward was given for."""

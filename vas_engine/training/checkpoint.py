@@ -125,10 +125,11 @@ def _remove_data(folder: Path, but: str = "") -> None:
 
 
 def rollouts_digest(rollouts: Rollouts) -> str:
-    """sha256 of tokens and rewards."""
+    """sha256 of tokens and rewards, partial ones too."""
     digest = hashlib.sha256()
     for rollout in rollouts:
         row = torch.tensor([len(rollout.prompt_ids), *rollout.prompt_ids, *rollout.response_ids], dtype=torch.int32)
         digest.update(row.numpy().tobytes())
-    digest.update(rollouts.rewards(rollouts.reward_names).numpy().tobytes())
+    for rewards in (rollouts.rewards, rollouts.partial_rewards):
+        digest.update(rewards(rollouts.reward_names).numpy().tobytes())
     return digest.hexdigest()

@@ -13,11 +13,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
 from vas_engine import arguments
+from vas_engine.engine.detokenizer import Detokenizer, Tokenizer
 from vas_engine.engine.output import OutputFront
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.interrupt import deferred_interrupt
@@ -56,6 +57,8 @@ class CollectConfig:
         shard_rows: responses per shard, what an interruption can lose; rounded up to whole requests of up to
             16 responses to one prompt.
         hidden_states: keep the final hidden states of prompt and response beside each shard.
+        partial_rewards: score the text of each response's first N, 2 N, ... tokens as well, so that training knows
+            when a reward was earned; 0 scores whole responses alone.
         values: {name of a value of the LLM: weight} to sample from the guided policy; empty samples the frozen
             model's own distribution.
         num_candidates, tail, baseline, tilt, advantage_clip: of the guided policy, as in SamplingParams.
@@ -66,6 +69,7 @@ class CollectConfig:
     seed: int = 0
     shard_rows: int = 512
     hidden_states: bool = False
+    partial_rewards: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     num_candidates: int = 20
     tail: str = "keep"
@@ -77,6 +81,7 @@ class CollectConfig:
         for name in ("samples", "max_tokens", "shard_rows"):
             arguments.integer(name, getattr(self, name), 1)
         arguments.integer("seed", self.seed, 0, 2**64 - 1)
+        arguments.integer("partial_rewards", self.partial_rewards, 0)
         arguments.boolean("hidden_states", self.hidden_states)
         self.params()
 
@@ -191,6 +196,9 @@ class _Job:
             raise InvalidArgumentError("prompts", prompts, "give at least one")
         if not rewards:
             raise InvalidArgumentError("rewards", rewards, "give at least one")
+        if config.partial_rewards and llm.tokenizer is None:
+            fix = "rewards read text: load the model with its tokenizer, or leave this out"
+            raise InvalidArgumentError("partial_rewards", config.partial_rewards, fix)
         self.llm, self.prompts, self.rewards, self.config = llm, prompts, rewards, config
         self.params = config.params()
         self.params.check(vocab_size=llm.lm.vocab_size, value_names=llm.value_names)
@@ -237,17 +245,29 @@ class _Job:
             for request, output in zip(shard.requests, outputs, strict=True)
             for completion in output.outputs
         ]
-        prompts = [self.prompts[prompt][0] for prompt, _, _ in rows]
         texts = [completion.text for _, _, completion in rows]
+        owners = list(range(len(rows)))
+        for place, (prompt, _, completion) in enumerate(rows):
+            parts = self._parts(self.prompts[prompt][1], completion.token_ids)
+            texts += parts
+            owners += [place] * len(parts)
+        prompts = [self.prompts[rows[place][0]][0] for place in owners]
         try:
             columns = score_all(self.rewards, prompts, texts, batch_size=batch_size, before_batch=before_batch)
         except TrainingDataError as error:
             where = f"shard {shard.number} is not written, finished ones are kept"
             if isinstance(error, RewardError) and error.place is not None:
-                prompt, sample, _ = rows[error.place]
-                where = f"response {error.place} of its shard is sample {sample} of prompt {prompt}; {where}"
+                prompt, sample, _ = rows[owners[error.place]]
+                part = "" if error.place < len(rows) else "the beginning of "
+                where = (
+                    f"response {owners[error.place]} of its shard is {part}sample {sample} of prompt {prompt}; {where}"
+                )
             error.add_note(where)
             raise
+        partial: list[dict[str, list[float]]] = [{name: [] for name in columns} for _ in rows]
+        for text, owner in enumerate(owners[len(rows) :], len(rows)):
+            for name, column in columns.items():
+                partial[owner][name].append(column[text])
         return [
             Rollout(
                 prompt=str(prompts[place]),
@@ -258,10 +278,23 @@ class _Job:
                 seed=int(completion.seed or 0),
                 prompt_index=prompt,
                 rewards={name: column[place] for name, column in columns.items()},
+                partial_rewards=partial[place] if self.config.partial_rewards else None,
                 **_log_ratios(completion),
             )
             for place, (prompt, _, completion) in enumerate(rows)
         ]
+
+    def _parts(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+        """The texts whose rewards are partial ones."""
+        every = self.config.partial_rewards
+        if not every:
+            return []
+        detokenizer, text, found = Detokenizer(cast(Tokenizer, self.llm.tokenizer), prompt_ids), "", []
+        for tokens, token in enumerate(token_ids[:-1], 1):
+            text += detokenizer.push(token)
+            if tokens % every == 0:
+                found.append(text)
+        return found
 
 
 def _log_ratios(completion: CompletionOutput) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError
@@ -10,6 +10,7 @@ from vas_engine.errors import InvalidArgumentError
 __all__ = ["LOSSES", "FitConfig"]
 
 LOSSES = ("two-hot", "hl-gauss")
+CRITIC_LAM = 0.8
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,22 @@ class FitConfig:
     Attributes:
         epochs: most passes over the rollouts.
         batch_tokens: padded tokens of a batch.
-        lr: peak learning rate, after ``warmup`` (a share of all steps) and before a cosine down to 0. None: 2e-3,
-            2e-4 for a value model (a whole language model wants smaller steps), 1e-3 for its LoRA.
+        lr: peak learning rate, after ``warmup`` (a share of all steps) and before a cosine down to 0. None: 2e-3; for
+            a value model 0.128 / its width and at most 2e-3 (a whole language model wants smaller steps the wider it
+            is), 1e-3 for its LoRA.
         weight_decay: of matrices; biases and gains have none.
-        lam: λ of TD(λ); 1 is Monte Carlo.
+        lam: λ of TD(λ); 1 is Monte Carlo. With partial rewards in the rollouts the returns bootstrap from a critic
+            that knows them (see `vas_engine.training.critic`), from part to part. None: 0.8 there, else 1.
         gamma: discount per token.
         consistency: weight of the one-step consistency of V beside the returns (see
-            `vas_engine.training.loss.consistency_loss`), reached after two thirds of all steps.
+            `vas_engine.training.loss.consistency_loss`), reached as the learning rate falls: large steps and a strong
+            bootstrap lead astray.
+        increments: weight of V's steps from one partial reward to the next, which are to be those of the critic.
         loss: of distributional heads: "two-hot", or "hl-gauss" with ``sigma`` in steps between atoms (Farebrother
             et al. 2024 found 0.75 to do well).
         ema: decay per step of a moving average of the weights. The average gives the predictions that TD(λ < 1)
-            bootstraps from (the target network), and is what is validated and kept. 0: none, None: 0.99 where
-            λ < 1, else none.
+            bootstraps from (the target network; with partial rewards the critic is it), and is what is validated and
+            kept. 0: none, None: 0.99 where λ < 1, else none.
         lora_rank: train value models by low-rank adapters of this rank, merged at the end; None: whole.
         teacher_share: share of the loss that comes from the teacher, where there is one; the rest is TD(λ).
         teacher_positions: states of each response at which the teacher scores candidates, drawn anew each time.
@@ -53,9 +58,10 @@ class FitConfig:
     lr: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.05
-    lam: float = 1.0
+    lam: float | None = None
     gamma: float = 1.0
     consistency: float = 0.0
+    increments: float = 10.0
     loss: str = "two-hot"
     sigma: float = 0.75
     ema: float | None = None
@@ -81,8 +87,9 @@ class FitConfig:
             if getattr(self, name) is not None:
                 arguments.real(name, getattr(self, name), 0, above_low=True)
         for name in ("lam", "gamma", "warmup", "teacher_share"):
-            arguments.real(name, getattr(self, name), 0, 1)
-        for name in ("weight_decay", "consistency"):
+            if getattr(self, name) is not None:
+                arguments.real(name, getattr(self, name), 0, 1)
+        for name in ("weight_decay", "consistency", "increments"):
             arguments.real(name, getattr(self, name), 0)
         arguments.choice("loss", self.loss, LOSSES)
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -97,12 +104,11 @@ class FitConfig:
         """The ``sigma`` of `Heads.loss`: 0 for two-hot."""
         return self.sigma if self.loss == "hl-gauss" else 0.0
 
-    @property
-    def decay(self) -> float:
-        """Of the average, with its default worked out."""
-        if self.ema is None:
-            return 0.99 if self.lam < 1 else 0.0
-        return self.ema
+    def for_rollouts(self, partial: bool) -> FitConfig:
+        """With the defaults that depend on whether rollouts have partial rewards worked out: `lam` and `ema`."""
+        lam = self.lam if self.lam is not None else (CRITIC_LAM if partial else 1.0)
+        ema = self.ema if self.ema is not None else (0.99 if lam < 1 else 0.0)
+        return replace(self, lam=lam, ema=ema)
 
     @property
     def cache_bytes(self) -> int:

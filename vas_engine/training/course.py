@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vas_engine.training.advantages import CANDIDATES, STATES, Advantages, Candidates
 from vas_engine.training.base import FrozenBase
 from vas_engine.training.batches import Batch, make_batch, plan_batches
 from vas_engine.training.checkpoint import Checkpoint
@@ -25,6 +26,8 @@ __all__ = ["Course"]
 
 # Enough held-out batches to know how much a teacher's values vary.
 MEASURED_BATCHES = 16
+# Held-out responses whose advantages are judged, at most; with fewer than the second an epoch is not chosen by them.
+JUDGED_RESPONSES, LEAST_RESPONSES = 512, 256
 
 
 class Course:
@@ -52,6 +55,7 @@ class Course:
         generator = torch.Generator().manual_seed(config.seed)
         self.plans = [plan_batches(self.lengths, train, config.batch_tokens, generator) for _ in range(config.epochs)]
         self.heldout_plan = plan_batches(self.lengths, heldout, config.batch_tokens)
+        self._judged: list[tuple[list[int], Candidates]] = []
         self.before, self.started = 0.0, time.monotonic()
 
     @property
@@ -101,7 +105,10 @@ class Course:
         for trainee, total, heads in zip(self.trainees, totals, reports, strict=True):
             scores = {name: head.r_squared for name, head in heads.items()}
             agreement = {name: head.agreement for name, head in heads.items() if head.agreement is not None}
-            trainee.finish_epoch(EpochReport(number, total / tokens, scores, self.seconds, agreement))
+            judged = {name: head.advantages for name, head in heads.items()}
+            efficiency = {n: a.efficiency for n, a in judged.items() if a and a.responses >= LEAST_RESPONSES}
+            chooses = efficiency if len(efficiency) == len(heads) else {}
+            trainee.finish_epoch(EpochReport(number, total / tokens, scores, self.seconds, agreement, chooses))
             shown += [f"{name} {score:.3f}" for name, score in scores.items()]
         bar.set_postfix_str("R² " + ", ".join(shown))
 
@@ -123,6 +130,7 @@ class Course:
     def evaluate(self) -> list[dict[str, HeadReport]]:
         """Each network on the held-out rollouts, the heads by name."""
         found = [Heldout() for _ in self.trainees]
+        judges = self._judges()
         generator = self._generator(0)
         for trainee in self.trainees:
             trainee.network.eval()
@@ -138,9 +146,41 @@ class Course:
                 heldout.add(batch, values, returns)
                 if lesson is not None and candidates is not None:
                     heldout.add_differences(*self._compared(trainee, lesson, candidates))
+        if judges:
+            self._judge(judges)
+        judged = [judge.reports() for judge in judges] if judges else [None] * len(found)
         return [
-            heldout.reports(trainee.network.config.heads) for trainee, heldout in zip(self.trainees, found, strict=True)
+            heldout.reports(trainee.network.config.heads, advantages)
+            for trainee, heldout, advantages in zip(self.trainees, found, judged, strict=True)
         ]
+
+    def _judges(self) -> list[Advantages]:
+        """One for each network; none where there is nothing that they could judge."""
+        if self.rollouts.header.policy or self.config.gamma != 1.0:
+            return []
+        return [Advantages(self.rollouts, trainee.rewards) for trainee in self.trainees]
+
+    def _judge(self, judges: Sequence[Advantages]) -> None:
+        for indices, candidates in self._cases():
+            batch = self._batch(indices)
+            self.base.take(batch)
+            for trainee, judge in zip(self.trainees, judges, strict=True):
+                with trainee.judged():
+                    judge.add(self.base, trainee.network, batch.rewarded(trainee.rewards), candidates)
+
+    def _cases(self) -> list[tuple[list[int], Candidates]]:
+        """Held-out responses and candidates in them, the same ones for all networks and epochs."""
+        if not self._judged:
+            step = max(len(self.heldout) // JUDGED_RESPONSES, 1)
+            chosen = self.heldout[::step][:JUDGED_RESPONSES]
+            # A candidate costs as much as a token.
+            sizes = [length + STATES * CANDIDATES for length in self.lengths]
+            generator = self._generator(0)
+            for indices in plan_batches(sizes, chosen, self.config.batch_tokens):
+                batch = self._batch(indices)
+                self.base.take(batch)
+                self._judged.append((indices, Candidates.find(self.base, batch, generator)))
+        return self._judged
 
     def _compared(self, trainee: Trainee, lesson: Lesson, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.teacher is not None
@@ -157,7 +197,7 @@ class Course:
         return [
             FitReport(
                 kind=trainee.network.config.kind,
-                parameters=sum(p.numel() for p in trainee.weights.values()),
+                parameters=trainee.parameters,
                 heads=heads,
                 epochs=trainee.epochs,
                 best_epoch=trainee.best_epoch,
@@ -174,4 +214,4 @@ class Course:
         ]
 
     def _settings(self, trainee: Trainee) -> dict[str, Any]:
-        return dataclasses.asdict(self.config) | {"lr": trainee.lr, "ema": self.config.decay}
+        return dataclasses.asdict(trainee.config) | {"lr": trainee.lr, "critic": trainee.critic is not None}

@@ -77,8 +77,8 @@ class Teacher:
     @torch.no_grad()
     def teach(self, batch: Batch, generator: torch.Generator) -> Lesson:
         """Draw states of the batch, take the base model's best candidates there, and value all of it."""
-        places, exist = _draw_places(batch, self.config.teacher_positions, generator)
-        final = self.base.dense(batch.token_ids, batch.lengths).last_hidden
+        places, exist = batch.draw(self.config.teacher_positions, generator)
+        final = self.base.final_states(batch)
         final = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
         # Logits are made in inference mode; a copy is an ordinary tensor again.
         logits = self.base.logits(final.flatten(0, 1)).float().clone().unflatten(0, places.shape)
@@ -143,13 +143,3 @@ def differences(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def _cross_entropy(output: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return -(known.softmax(-1) * output.log_softmax(-1)).sum(-1)
-
-
-def _draw_places(batch: Batch, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places [B, P] from which a token of the response was drawn, without repetition, and whether they exist."""
-    positions = torch.arange(batch.token_ids.shape[1], device=batch.token_ids.device)
-    open_ = (positions >= batch.first[:, None]) & (positions < batch.last[:, None])
-    draws = torch.rand(open_.shape, generator=generator).to(open_.device).masked_fill(~open_, -1.0)
-    found = draws.topk(min(count, open_.shape[1]), -1)
-    exist = found.values >= 0
-    return torch.where(exist, found.indices, batch.first[:, None]), exist

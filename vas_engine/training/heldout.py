@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vas_engine.training.batches import Batch
-from vas_engine.training.report import CalibrationBin, HeadReport, PositionBin
+from vas_engine.training.report import AdvantageReport, CalibrationBin, HeadReport, PositionBin
 from vas_engine.training.returns import r_squared
 
 __all__ = ["Heldout", "position_bins"]
@@ -50,8 +50,10 @@ class Heldout:
         self.missed = missed if self.missed is None else self.missed + missed
         self.spread = spread if self.spread is None else self.spread + spread
 
-    def reports(self, heads: Sequence[Any]) -> dict[str, HeadReport]:
-        """A report by the name of each head."""
+    def reports(
+        self, heads: Sequence[Any], advantages: Sequence[AdvantageReport | None] | None = None
+    ) -> dict[str, HeadReport]:
+        """A report by the name of each head, with what was found of its advantages."""
         values, returns, weights = torch.cat(self.values), torch.cat(self.returns), torch.cat(self.weights)
         late, positions = torch.cat(self.late), torch.cat(self.positions)
         everywhere = r_squared(values, returns, weights)
@@ -69,6 +71,7 @@ class Heldout:
                 by_position=_by_position(values[:, index], returns[:, index], weights, positions),
                 calibration=_calibration(values[:, index], returns[:, index], weights),
                 agreement=None if agreement is None else float(agreement[index]),
+                advantages=advantages[index] if advantages else None,
             )
             for index, head in enumerate(heads)
         }

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = [
     "REPORT_FILE",
+    "AdvantageReport",
     "BranchReport",
     "CalibrationBin",
     "EpochReport",
@@ -71,6 +72,25 @@ class BranchReport:
 
 
 @dataclass(frozen=True)
+class AdvantageReport:
+    """What values would gain by guiding (see `vas_engine.training.advantages`).
+
+    Attributes:
+        efficiency: KL efficiency at small weights, 1 at best; negative where the tilt would lower the reward.
+        error: its standard error.
+        gain, spread, drift: Σ Cov(A, R), Σ Var(A) and the drift of a response, in variances of the reward.
+        responses: held-out ones that it was found from.
+    """
+
+    efficiency: float
+    error: float
+    gain: float
+    spread: float
+    drift: float
+    responses: int
+
+
+@dataclass(frozen=True)
 class HeadReport:
     """How one head does on held-out rollouts; R² is 1 for perfect values, 0 for their best constant.
 
@@ -83,6 +103,7 @@ class HeadReport:
         calibration: ten bins.
         agreement: share of the teacher's differences between candidates that the head has learnt; None without.
         branching: None where no completions were sampled.
+        advantages: None where they cannot be judged: responses that values guided, one to a prompt, or γ < 1.
     """
 
     reward: str
@@ -94,6 +115,7 @@ class HeadReport:
     calibration: list[CalibrationBin] = field(default_factory=list)
     agreement: float | None = None
     branching: BranchReport | None = None
+    advantages: AdvantageReport | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,7 @@ class EpochReport:
 
     Attributes:
         agreement: with the teacher, by head (see `HeadReport`); empty without one.
+        efficiency: of the advantages, by head, where enough responses are held out to choose by it; else empty.
     """
 
     epoch: int
@@ -109,12 +132,13 @@ class EpochReport:
     r_squared: dict[str, float]
     seconds: float
     agreement: dict[str, float] = field(default_factory=dict)
+    efficiency: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """Outcome of a fit; the network holds the weights of ``best_epoch``, which the held-out R² chose (with a
-    teacher, the agreement with it).
+    """Outcome of a fit; the network holds the weights of ``best_epoch``, which the efficiency of held-out advantages
+    chose (R² where too few are held out to tell; with a teacher, the agreement with it).
 
     Attributes:
         heads: by name.

@@ -10,7 +10,12 @@ __all__ = ["discounted_rewards", "importance_weights", "lambda_returns", "r_squa
 
 
 def lambda_returns(
-    values: torch.Tensor, rewards: torch.Tensor, last: torch.Tensor, lam: float = 1.0, gamma: float = 1.0
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    last: torch.Tensor,
+    lam: float = 1.0,
+    gamma: float = 1.0,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Targets of the values of an episode that is rewarded once, where it ends.
 
@@ -29,6 +34,8 @@ def lambda_returns(
         last: L of each episode, int64 [B].
         lam: λ in [0, 1].
         gamma: discount per token, in [0, 1].
+        known: bool [B, T], the states whose values are bootstrapped from; past others the return goes on as it is
+            (λ = 1 there). None: all.
 
     Returns:
         Float [B, T, M]; zero after position L. Positions of the prompt get targets as well; leave them out of
@@ -41,7 +48,9 @@ def lambda_returns(
     following = bootstrap = torch.zeros_like(rewards)
     for position in range(values.shape[1] - 1, -1, -1):
         if lam < 1.0:
-            following = (1.0 - lam) * bootstrap + lam * following
+            mixed = (1.0 - lam) * bootstrap + lam * following
+            trusted = None if known is None else known[:, min(position + 1, values.shape[1] - 1), None]
+            following = mixed if trusted is None else torch.where(trusted, mixed, following)
         # Where an episode ends its reward is known: it takes the place of the prediction. Beyond that nothing
         # holds.
         ends, beyond = (last == position)[:, None], (last < position)[:, None]

@@ -2,7 +2,8 @@
 
     index.json               header, plan and the shards done so far
     shard-00000.parquet      prompt, response, prompt_ids, response_ids, finish_reason, seed, prompt_index,
-                             reward.NAME; log_ratio and log_ratios where values guided the sampling
+                             reward.NAME; partial.NAME, rewards of its beginnings, on request; log_ratio and
+                             log_ratios where values guided the sampling
     shard-00000.safetensors  on request: ``states`` [rows, width] and ``offsets`` [responses + 1]
 
 A shard exists for the reader once the index names it. Every file is written beside its place and renamed, the
@@ -20,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError, nearest
@@ -29,6 +31,7 @@ __all__ = ["Header", "Rollout", "RolloutWriter", "Rollouts", "load_rollouts"]
 FORMAT_VERSION = 1
 INDEX = "index.json"
 REWARD_PREFIX = "reward."
+PARTIAL_PREFIX = "partial."
 METADATA_KEY = b"vas_engine"
 
 
@@ -42,6 +45,8 @@ class Rollout:
             the text as it was cut.
         prompt_index: place of the prompt in the list it came from; responses to one prompt share it.
         rewards: by name.
+        partial_rewards: by name, those of the first N, 2 N, ... of ``response_ids``, as far as they are not all of
+            them, N being the header's setting of this name; None where it is 0.
         log_ratio: log π(response | prompt) - log π0(response | prompt) in nats, π being the policy that was
             sampled from and π0 the frozen model; None where they are the same. A mean over the frozen model's
             responses is one over these weighted by exp(-log_ratio).
@@ -56,6 +61,7 @@ class Rollout:
     seed: int
     prompt_index: int
     rewards: dict[str, float]
+    partial_rewards: dict[str, list[float]] | None = None
     log_ratio: float | None = None
     log_ratios: list[float] | None = None
 
@@ -96,18 +102,41 @@ class Rollouts:
     def reward_names(self) -> list[str]:
         return list(self.header.rewards)
 
+    @property
+    def part_tokens(self) -> int:
+        """Tokens from one partial reward to the next; 0 where there are none."""
+        return int(self.header.settings.get("partial_rewards", 0))
+
+    def partial_rewards(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the partial rewards named, float32 [rollouts, parts, names]; NaN behind a response's end.
+
+        Raises:
+            InvalidArgumentError: a reward that the rollouts do not have.
+        """
+        self._check(names)
+        parts = [rollout.partial_rewards or {} for rollout in self.rollouts]
+        longest = max((len(part[name]) for part in parts for name in names if part), default=0)
+        table = np.full((len(self), longest, len(names)), np.nan, dtype=np.float32)
+        for row, part in enumerate(parts):
+            for column, name in enumerate(names if part else ()):
+                table[row, : len(part[name]), column] = part[name]
+        return torch.from_numpy(table)
+
     def rewards(self, names: Sequence[str]) -> torch.Tensor:
         """Return the rewards named, float64 [rollouts, names].
 
         Raises:
             InvalidArgumentError: a reward that the rollouts do not have.
         """
+        self._check(names)
+        table = [[rollout.rewards[name] for name in names] for rollout in self.rollouts]
+        return torch.tensor(table, dtype=torch.float64).reshape(len(self), len(names))
+
+    def _check(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.header.rewards:
                 hint = nearest(name, self.reward_names)
                 raise InvalidArgumentError("reward", name, f"the rollouts have no such reward; {hint}")
-        table = [[rollout.rewards[name] for name in names] for rollout in self.rollouts]
-        return torch.tensor(table, dtype=torch.float64).reshape(len(self), len(names))
 
 
 class RolloutWriter:
@@ -205,6 +234,9 @@ def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
     }
     for name in header.rewards:
         columns[REWARD_PREFIX + name] = pa.array([r.rewards[name] for r in rollouts], pa.float64())
+        if header.settings.get("partial_rewards"):
+            parts = [(r.partial_rewards or {})[name] for r in rollouts]
+            columns[PARTIAL_PREFIX + name] = pa.array(parts, pa.list_(pa.float32()))
     if header.policy:
         columns["log_ratio"] = pa.array([r.log_ratio for r in rollouts], pa.float64())
         columns["log_ratios"] = pa.array([r.log_ratios for r in rollouts], pa.list_(pa.float32()))
@@ -218,16 +250,18 @@ def _read_shard(path: Path, header: Header) -> list[Rollout]:
 
     try:
         rows = parquet.read_table(path).to_pylist()
-        return [
-            Rollout(
-                rewards={name: row.pop(REWARD_PREFIX + name) for name in header.rewards},
-                **{key: value for key, value in row.items() if not key.startswith(REWARD_PREFIX)},
-            )
-            for row in rows
-        ]
+        return [_to_rollout(row, header) for row in rows]
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         fix = "delete it and collect again; finished shards are kept"
         raise TrainingDataError(f"cannot read {path} ({type(error).__name__}: {error}): {fix}") from error
+
+
+def _to_rollout(row: dict[str, Any], header: Header) -> Rollout:
+    rewards = {name: row.pop(REWARD_PREFIX + name) for name in header.rewards}
+    partial = None
+    if header.settings.get("partial_rewards"):
+        partial = {name: row.pop(PARTIAL_PREFIX + name) for name in header.rewards}
+    return Rollout(rewards=rewards, partial_rewards=partial, **row)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vas_engine.training.average import Average
 from vas_engine.training.base import FrozenBase
 from vas_engine.training.batches import Batch
 from vas_engine.training.config import FitConfig
+from vas_engine.training.critic import Critic, features_of
 from vas_engine.training.distill import Lesson, Teacher
 from vas_engine.training.lora import Adapters
 from vas_engine.training.loss import consistency_loss, value_loss
@@ -24,7 +25,12 @@ from vas_engine.values.value_model import ValueModel
 
 __all__ = ["Trainee"]
 
-LR, VALUE_MODEL_LR, LORA_LR = 2e-3, 2e-4, 1e-3
+# A value model's falls with its width, as that of matrices must (Yang et al. 2022, table 8).
+LR, VALUE_MODEL_LR, LORA_LR = 2e-3, 0.128, 1e-3
+# Of the loss on the reward so far, which helps the features only.
+GUESS_SHARE = 0.5
+# Share of all steps.
+CRITIC_WARMUP = 0.3
 
 
 class Trainee:
@@ -36,9 +42,17 @@ class Trainee:
     def __init__(
         self, base: FrozenBase, network: Any, rollouts: Rollouts, config: FitConfig, teacher: Teacher | None
     ) -> None:
-        self.base, self.network, self.config, self.teacher = base, network, config, teacher
+        self.base, self.network, self.teacher = base, network, teacher
         self.heads = network.heads
-        self.rewards = rollouts.rewards([head.reward or head.name for head in network.config.heads])
+        names = [head.reward or head.name for head in network.config.heads]
+        self.rewards = rollouts.rewards(names)
+        # What W says is a mean; a distribution is learnt from whole rewards.
+        partial = bool(rollouts.part_tokens) and not any(self.heads.distributional)
+        self.config = config.for_rollouts(partial)
+        assert self.config.lam is not None
+        self.lam = self.config.lam
+        wanted = partial and (self.lam != 1.0 or self.config.increments > 0)
+        self.critic = Critic(network, rollouts, names) if wanted else None
         if teacher is not None:
             teacher.columns(self.heads)
         self.weights: dict[str, torch.nn.Parameter] = {}
@@ -54,6 +68,9 @@ class Trainee:
         if rank and is_model:
             self.adapters = Adapters(self.network, rank)
         self.weights = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        self.parameters = sum(parameter.numel() for parameter in self.weights.values())
+        if self.critic is not None:
+            self.weights |= {f"critic.{name}": parameter for name, parameter in self.critic.named_parameters()}
         self.dtypes = {name: p.dtype for name, p in self.weights.items()}
         for parameter in self.weights.values():
             parameter.data = parameter.data.float()
@@ -62,12 +79,12 @@ class Trainee:
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        default = (LORA_LR if rank else VALUE_MODEL_LR) if is_model else LR
+        default = (LORA_LR if rank else min(VALUE_MODEL_LR / self.heads.width, LR)) if is_model else LR
         self.lr = self.config.lr or default
         self.optimiser = torch.optim.AdamW(groups, lr=self.lr)
         self.total, self.steps = steps, 0
-        if self.config.decay:
-            self.average = Average(parameters, self.config.decay)
+        if self.config.ema:
+            self.average = Average(parameters, self.config.ema)
 
     def _rate(self) -> float:
         """The learning rate of the step to come: up in a line, then down in half a cosine."""
@@ -84,17 +101,23 @@ class Trainee:
 
     def step(self, batch: Batch, lesson: Lesson | None) -> float:
         """One update; returns the loss, a mean over positions and heads."""
+        branches, config = lesson.branches if lesson else None, self.config
         bootstrap = self._bootstrap(batch)
-        branches = lesson.branches if lesson else None
-        output = self.network.train_values(self.base, batch.token_ids, batch.lengths, branches)
+        with features_of(self.heads) as seen:
+            output = self.network.train_values(self.base, batch.token_ids, batch.lengths, branches)
         states = branches.split(output)[0] if branches else output
-        config = self.config
-        losses = value_loss(
-            self.heads, states, batch.rewards, batch.last, config.lam, config.gamma, bootstrap, config.spread
-        )
+        if self.critic is None:
+            losses = batch.mean(
+                value_loss(
+                    self.heads, states, batch.rewards, batch.last, self.lam, config.gamma, bootstrap, config.spread
+                )
+            )
+        else:
+            features = seen[-1][:, : states.shape[1]].float()
+            found = self.critic.losses(self.heads, states, features, batch, self._critic_lam(), config.gamma)
+            losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
         if strength := self._consistency():
-            losses = losses + strength * consistency_loss(self.heads, states, batch.last, config.gamma)
-        losses = batch.mean(losses)
+            losses = losses + strength * batch.mean(consistency_loss(self.heads, states, batch.last, config.gamma))
         if lesson is not None and self.teacher is not None:
             share = losses.new_tensor([self._teacher_share(index) for index in range(len(losses))])
             losses = (1 - share) * losses + config.teacher_share * self.teacher.loss(self.heads, output, lesson, batch)
@@ -113,9 +136,13 @@ class Trainee:
         return float(loss.detach())
 
     def _consistency(self) -> float:
-        """Weight of the consistency loss in the step to come: none in the first third of all steps, while V has yet to
-        find its level, then up in a line over the second."""
-        return self.config.consistency * min(max(3 * self.steps / self.total - 1, 0.0), 1.0)
+        """Weight of the consistency loss in the step to come: what the learning rate has fallen by since its peak."""
+        fallen = self.steps >= self.config.warmup * self.total
+        return self.config.consistency * (1 - self._rate() / self.lr) if fallen else 0.0
+
+    def _critic_lam(self) -> float:
+        """λ in the step to come: down from 1 in a line, as the critic becomes worth bootstrapping from."""
+        return 1 - (1 - self.lam) * min(self.steps / (CRITIC_WARMUP * self.total), 1.0)
 
     def _teacher_share(self, index: int) -> float:
         """Of a head: a distribution that the teacher does not know is learnt from the returns all the same."""
@@ -125,8 +152,8 @@ class Trainee:
 
     @torch.no_grad()
     def _bootstrap(self, batch: Batch) -> torch.Tensor | None:
-        """The target network's output; None for the network's own, or where nothing is bootstrapped."""
-        if self.average is None or self.config.lam == 1.0:
+        """The target network's output; None for the network's own, or where nothing is bootstrapped from it."""
+        if self.average is None or self.lam == 1.0 or self.critic is not None:
             return None
         with self.average.standing_in():
             return self.network.train_values(self.base, batch.token_ids, batch.lengths)
@@ -141,7 +168,7 @@ class Trainee:
     def finish_epoch(self, epoch: EpochReport) -> None:
         """Note how the epoch went, and keep the weights if it was the best."""
         self.epochs.append(epoch)
-        scores = epoch.agreement or epoch.r_squared
+        scores = epoch.agreement or epoch.efficiency or epoch.r_squared
         if sum(scores.values()) > self.best_score:
             self.best_epoch, self.best_score = epoch.epoch, sum(scores.values())
             with self.judged():

@@ -57,6 +57,7 @@ class Heads(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
         self.hidden = initialise(nn.Linear(width, config.head_hidden)) if config.head_hidden else None
         # Small outputs at the start: every value begins close to its head's mean.
+        self.width = width
         self.output = initialise(nn.Linear(config.head_hidden or width, config.outputs), gain=0.1)
         self.slices: list[slice] = []
         start = 0

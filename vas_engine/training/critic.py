@@ -1,0 +1,145 @@
+"""A critic that knows what a response has earned so far, and teaches values that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vas_engine.training.batches import Batch
+from vas_engine.training.returns import lambda_returns
+from vas_engine.training.rollouts import Rollouts
+from vas_engine.values.heads import rms_norm
+
+__all__ = ["Critic", "CriticLosses", "features_of"]
+
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class CriticLosses:
+    """What each part of training with a critic has yet to learn: float32 [M], in variances of the rewards; autograd.
+
+    Attributes:
+        values: V against the λ-returns that bootstrap from the critic.
+        critic: the critic against its own.
+        guesses: the reward so far, as V's features tell it.
+        increments: V's steps from part to part against the critic's.
+    """
+
+    values: Tensor
+    critic: Tensor
+    guesses: Tensor
+    increments: Tensor
+
+
+class Critic(nn.Module):
+    """W(h, r, s): the value of a state for one who reads the reward r of the response so far beside V's own features h,
+    and its share s of the longest response.
+
+    Where r says much about the final reward, W is far better than V early in training, and less noisy than rewards are
+    all along. It is used in training alone (an asymmetric critic: Pinto et al. 2018), in three ways. λ-returns
+    bootstrap from it, at the states whose rewards are known. V's increments from one such state to the next follow
+    W's: a response's level, most of the variance of V, drops out of them, and what its tokens changed is left. And h
+    learns to tell r.
+
+    Args:
+        network: whose values are trained.
+        rollouts: with partial rewards.
+        rewards: names of the rewards of its heads, M of them.
+
+    Attributes:
+        every: tokens from one partial reward to the next.
+        partial: float32 [rollouts, parts, M], in standard deviations from the mean like all that the critic says.
+    """
+
+    def __init__(self, network: Any, rollouts: Rollouts, rewards: list[str]) -> None:
+        super().__init__()
+        whole = rollouts.rewards(rewards)
+        device = next(network.heads.parameters()).device
+        self.mean, self.std = (moment.float().to(device) for moment in (whole.mean(0), whole.std(0)))
+        self.every = rollouts.part_tokens
+        self.partial = (rollouts.partial_rewards(rewards) - self.mean.cpu()) / self.std.cpu()
+        self.longest = float(rollouts.header.settings["max_tokens"])
+        width, count = network.heads.width, len(rewards)
+        self.hidden = nn.Linear(width + 2 * count + 1, HIDDEN)
+        self.output = nn.Linear(HIDDEN, count)
+        self.guess = nn.Linear(width, count)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.to(device)
+
+    def forward(self, features: Tensor, rewards: Tensor, share: Tensor) -> Tensor:
+        """[..., width], [..., M], [..., 1] -> W [..., M]; it starts from r s, what is earned as far as it counts."""
+        earned = rewards * share
+        seen = torch.cat([features, rewards, share, earned], -1)
+        return earned + self.output(F.silu(self.hidden(seen)))
+
+    def losses(
+        self, heads: Any, output: Tensor, features: Tensor, batch: Batch, lam: float, gamma: float
+    ) -> CriticLosses:
+        """Judge a batch.
+
+        Args:
+            heads: scalar ones. output: [B, T, O] float32 of all states; features: [B, T, width], what it was made of.
+            lam: λ from one partial reward to the next. gamma: discount per token.
+        """
+        partial = self.partial[list(batch.indices)].to(output.device)
+        count = torch.arange(1, partial.shape[1] + 1, device=output.device)
+        places = batch.first[:, None] + self.every * count
+        known = (places < batch.last[:, None])[..., None]
+        # What does not exist is read at the last state and masked.
+        places = torch.minimum(places, batch.last[:, None])
+        partial = torch.where(known, partial, partial.new_zeros(()))
+        share = (self.every * count / self.longest).clamp(max=1.0).expand(len(places), -1)[..., None]
+        there = rms_norm(_at(features, places))
+        weights = batch.weights.gather(1, places)[..., None] * known
+        values = (heads.mean(output) - self.mean) / self.std
+        rewards = (batch.rewards - self.mean) / self.std
+
+        with torch.no_grad():
+            judged = self(there, partial, share)
+            spread = torch.zeros_like(values).scatter_(1, places[..., None].expand_as(judged), judged)
+            marks = torch.zeros(values.shape[:2], dtype=torch.bool, device=output.device).scatter_(1, places, True)
+            # The last state's reward is known: no bootstrap there.
+            marks &= torch.arange(values.shape[1], device=output.device) < batch.last[:, None]
+            after = lambda_returns(spread, rewards, batch.last, lam, gamma, marks)
+            targets = torch.where(marks[..., None], (1 - lam) * spread + lam * after, after)
+        # A state that is marked has W itself in its target: what the critic knows is carried over into V.
+        plain = batch.mean(0.5 * (values - targets).square())
+        own = 0.5 * (self(there, partial, share) - _at(after, places)).square()
+        guesses = 0.5 * (self.guess(there) - partial).square()
+        steps = self._steps(_at(values, places), _at(values, batch.last[:, None]), known)
+        wanted = self._steps(judged, rewards[:, None], known)
+        increments = 0.5 * (steps - wanted).square()
+        total = weights.sum().clamp_min(1e-9)
+        critic, guessed, moved = ((weights * loss).sum((0, 1)) / total for loss in (own, guesses, increments))
+        return CriticLosses(plain, critic, guessed, moved)
+
+    @staticmethod
+    def _steps(values: Tensor, last: Tensor, known: Tensor) -> Tensor:
+        """From each known state to the next one, the last of them to the end: [B, K, M], [B, 1, M] -> [B, K, M]."""
+        following = torch.cat([values[:, 1:], last], 1)
+        goes_on = torch.cat([known[:, 1:], torch.zeros_like(known[:, :1])], 1)
+        return torch.where(goes_on, following, last) - values
+
+
+@contextmanager
+def features_of(heads: nn.Module) -> Iterator[list[Tensor]]:
+    """Meanwhile the list receives what the heads read, each time they run."""
+    seen: list[Tensor] = []
+    handle = heads.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _at(tensor: Tensor, places: Tensor) -> Tensor:
+    """[B, T, C], [B, K] -> [B, K, C]."""
+    return tensor.gather(1, places[..., None].expand(-1, -1, tensor.shape[-1]))
