@@ -74,7 +74,7 @@ def _python(env: Path) -> str:
         import torch
 
         subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-        packages = [f"torch=={torch.__version__.partition('+')[0]}", "trl", f"{ROOT}[train]"]
+        packages = [f"torch=={torch.__version__.partition('+')[0]}", "trl", "--editable", f"{ROOT}[train]"]
         subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
     return str(python.absolute())
 

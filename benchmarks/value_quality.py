@@ -223,14 +223,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="the base model")
     parser.add_argument("--out", type=Path, required=True, help="folder of rollouts and values")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names contain one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs, in this order")
     parser.add_argument("--responses", type=int, default=64, help="decoded for each opening and weight (64)")
     parser.add_argument("--rollouts", type=int, default=131_072, metavar="N", help="at most so many (131072)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, and a plot beside")
     options = parser.parse_args(argv)
     runs = plan(options.rollouts)
     if options.only:
-        runs = [run for run in runs if any(part in run.name for part in options.only)]
+        known = {run.name: run for run in runs}
+        unknown = [name for name in options.only if name not in known]
+        if unknown:
+            parser.error(f"--only: no run {unknown[0]!r}; there are: {'; '.join(known)}")
+        runs = [known[name] for name in options.only]
     study = Study(options.model, options.out, options.rollouts, options.responses)
     base = study.base()
     print(f"{'run':<36}{'R²':>6}{'adv.':>6}{'drift':>7}   reward at KL (efficiency)")

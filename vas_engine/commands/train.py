@@ -12,7 +12,8 @@ from typing import Any
 EXAMPLES = """examples:
   vas train MODEL --rollouts runs/mood --kind reader --out values/mood
   vas train MODEL --rollouts runs/two --kind side --reward length --width 64 --out values/length
-  vas train MODEL --rollouts runs/mood --kind model --backbone MODEL --out values/strong
+  vas train MODEL --rollouts runs/strong --kind model --backbone MODEL --consistency 50 --ema 0.998 --epochs 1 \\
+      --batch-tokens 8192 --out values/strong
   vas train MODEL --rollouts runs/mood --kind reader --kind side --teacher values/strong --out values/taught
   vas train MODEL --rollouts runs/mood --distributional --loss hl-gauss --lam 0.95 --out values/spread
 
@@ -55,9 +56,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         ("batch-tokens", int, "tokens of a batch"),
         ("lr", float, "peak learning rate"),
         ("weight-decay", float, "of matrices"),
-        ("lam", float, "λ of TD(λ); 1 (default) is Monte Carlo"),
+        ("lam", float, "λ of TD(λ); 1 is Monte Carlo (default: 0.8 with partial rewards, else 1)"),
         ("gamma", float, "discount per token"),
         ("consistency", float, "weight of the one-step consistency of V, such as 30 (default 0)"),
+        ("increments", float, "weight of V's steps between partial rewards (default 10)"),
         ("loss", str, "of distributional heads: two-hot (default) or hl-gauss"),
         ("sigma", float, "of hl-gauss, in steps between atoms (default 0.75)"),
         ("ema", float, "decay of the averaged weights, which are kept; 0: none"),
@@ -226,12 +228,15 @@ def _readable(report: Any) -> str:
             f"  {name}: R² {head.r_squared:.3f} on {report.heldout_rollouts} held-out rollouts, "
             f"{head.r_squared_last_quarter:.3f} in their last quarter"
         )
+        if head.advantages is not None:
+            found = head.advantages
+            lines.append(f"  {name}: KL efficiency {found.efficiency:.2f} ± {found.error:.2f} by its advantages there")
         if head.agreement is not None:
             lines.append(f"  {name}: {head.agreement:.0%} of the teacher's differences between candidates are learnt")
         if head.branching is not None and head.branching.r_squared is not None:
-            found = head.branching
+            branches = head.branching
             lines.append(
-                f"  {name}: {found.r_squared:.0%} of what can be explained, by {found.points} states "
-                f"with {found.samples} completions each"
+                f"  {name}: {branches.r_squared:.0%} of what can be explained, by {branches.points} states "
+                f"with {branches.samples} completions each"
             )
     return "\n".join(lines)
