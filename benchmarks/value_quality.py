@@ -30,6 +30,7 @@ from vas_engine.evaluation.optimum import Optimum
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
+from vas_engine.training.report import save_report
 from vas_engine.training.rewards import RewardProcess, load_reward
 from vas_engine.training.rollouts import Rollouts
 from vas_engine.values import load_value
@@ -101,6 +102,11 @@ def plan(most: int) -> list[Run]:
     return runs + [Run(f"model, {usual}, {head}", "model", usual, head=head) for head in ("two-hot", "hl-gauss")]
 
 
+def value_folder(study: Path, name: str) -> Path:
+    """Where a run's value lies."""
+    return study / "values" / name.replace(" ", "_").replace(",", "")
+
+
 class Study:
     """Rollouts, trained values and measurements in one folder."""
 
@@ -140,7 +146,7 @@ class Study:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, judge and decode; what an earlier call finished is read."""
-        place = self._place(run.name)
+        place = value_folder(self.folder, run.name)
         done = place / "study.json"
         if done.exists():
             return json.loads(done.read_text(encoding="utf-8"))
@@ -155,9 +161,10 @@ class Study:
         head = head_for(rollouts, self.reward.name, distributional=distributional, sigma=config.spread)
         backbone = self.model if run.kind == "model" else None
         network = make_network(self.lm, run.kind, [head], tokenizer=self.llm.tokenizer, backbone=backbone, **run.sizes)
-        teacher = load_value(self._place(run.teacher), self.lm) if run.teacher else None
+        teacher = load_value(value_folder(self.folder, run.teacher), self.lm) if run.teacher else None
         report = fit(self.lm, network, rollouts, config, teacher=teacher)
         save_value(place, network)
+        save_report(place, report)
         tilts = ("mean", "optimal") if distributional else ("mean",)
         line = {
             "run": asdict(run),
@@ -166,9 +173,6 @@ class Study:
         }
         write(done, line)
         return line
-
-    def _place(self, name: str) -> Path:
-        return self.folder / "values" / name.replace(" ", "_").replace(",", "")
 
     def _decode(self, place: Path, head: str, strength: float, tilt: str) -> dict[str, Any]:
         llm = LLM(self.model, values={"value": place}, max_num_seqs=256)

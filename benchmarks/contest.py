@@ -1,0 +1,109 @@
+"""The whole contest from nothing: samples, values, rivals by fine-tuning, and all of them decoded side by side.
+
+    python -m benchmarks.contest MODEL --out runs/contest --json benchmarks/results/contest.json
+    python -m benchmarks.contest MODEL --out runs/try --rollouts 2048 --samples 8 --steps 20      does it run at all?
+
+What it runs are commands of their own, each printed before it starts: `benchmarks.value_quality` (samples, a strong
+value model, a reader and a side network that learn from it), `benchmarks.finetune` (DPO, RLOO, GRPO), `vas evaluate`.
+What is done is not done again, so the command may be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import circumstances, write
+from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
+
+# Two divergences each: method, the weight β of the divergence.
+POLICIES = (("dpo", 0.1), ("dpo", 0.02), ("rloo", 0.02), ("rloo", 0.005), ("grpo", 0.02), ("grpo", 0.005))
+NAME = "vader-pos-neg"
+# In standard deviations of the reward, for the values; the rivals' own scales are theirs.
+WEIGHTS = (1, 2, 3, 4, 5.5, 7, 9)
+
+
+def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
+    """What is to be run: the folder that a step makes (None where the command itself knows what is done), and how."""
+    out, model, study = args.out, str(args.model), args.out / "study"
+    names = (f"model, {args.rollouts}", "reader, distilled", "side, distilled")
+    train = [sys.executable, "-m", "benchmarks.value_quality", model, "--out", str(study), "--only", *names]
+    plan: list[tuple[Path | None, list[str]]] = [(None, [*train, "--rollouts", str(args.rollouts)])]
+    tune = [sys.executable, "-m", "benchmarks.finetune"]
+    sizes = ["--steps", str(args.steps), "--batch", "128", "--lr", "5e-4", *(["--env", args.env] if args.env else [])]
+    policies = []
+    for method, beta in POLICIES:
+        folder = out / f"{method}_{beta:g}"
+        policies += ["--policy", f"{method}:{1 / beta:g}={folder}"]
+        group = [] if method == "dpo" else ["--group", "16"]
+        shared = [method, model, "--rollouts", str(study / "rollouts"), "--reward", NAME, "--beta", str(beta)]
+        plan.append((folder, [*tune, *shared, *sizes, *group, "--out", str(folder)]))
+    kinds = ("model", "reader", "side")
+    folders = {kind: value_folder(study, name) for kind, name in zip(kinds, names, strict=True)}
+    values = [word for name, folder in folders.items() for word in ("--value", f"{name}={folder}")]
+    evaluate = [sys.executable, "-m", "vas_engine.cli", "evaluate", model, "--prompts", str(out / "openings.txt")]
+    evaluate += ["--reward", REWARD, *values, *policies, "--method", "vas", *args.method]
+    evaluate += ["--weights", *map(str, WEIGHTS), "--samples", str(args.samples), "--max-tokens", str(MAX_TOKENS)]
+    evaluate += ["--rollouts", str(study / "rollouts"), "--max-num-seqs", "256", "--out", str(out / "results")]
+    plan.append((out / "results", evaluate))
+    return plan
+
+
+def run(folder: Path | None, command: Sequence[str]) -> None:
+    """Run a step unless its folder is there; the command's own bars and errors are shown."""
+    if folder is not None and folder.exists():
+        return
+    print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    status = subprocess.run(command).returncode
+    if status:
+        raise SystemExit(status)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the contest."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.contest",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="the base model")
+    add("--out", type=Path, required=True, help="folder of all that is made")
+    add("--rollouts", type=int, default=131_072, metavar="N", help="samples of the base (131072)")
+    add("--samples", type=int, default=64, help="decoded for each opening and point (64)")
+    add("--steps", type=int, default=200, help="updates of each fine-tuning (200)")
+    add("--method", nargs="*", default=["args", "fudge", "blockwise"], help="rivals at decoding (args fudge blockwise)")
+    add("--env", help="environment of TRL, as benchmarks.finetune takes it")
+    add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
+    plan = steps(args)
+    for folder, command in plan:
+        run(folder, command)
+    if args.json:
+        results = args.out / "results"
+        found: dict[str, Any] = json.loads((results / "evaluation.json").read_text(encoding="utf-8"))
+        commands = [" ".join(_portable(word) for word in command) for _, command in plan]
+        write(args.json, {"circumstances": circumstances(), "commands": commands} | found)
+        for plot in sorted(results.glob("*_*.png")):
+            shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{plot.name}"))
+    return 0
+
+
+def _portable(word: str) -> str:
+    """Without the places of this machine."""
+    return "python" if word == sys.executable else word.rpartition(os.sep)[2] if os.sep in word else word
+
+
+if __name__ == "__main__":
+    sys.exit(main())

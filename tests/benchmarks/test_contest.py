@@ -1,0 +1,52 @@
+"""The contest's plan; its steps are commands that have tests of their own."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contest import main, run, steps
+from benchmarks.value_quality import main as study
+from vas_engine.commands.evaluate import add_parser
+
+
+@pytest.fixture
+def plan(tmp_path):
+    given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8}
+    return steps(argparse.Namespace(out=tmp_path, model=Path("model"), **given))
+
+
+def test_what_is_decoded_is_what_was_made(plan, tmp_path):
+    *made, (_, evaluate) = plan
+    parser = add_parser(argparse.ArgumentParser().add_subparsers())
+    args = parser.parse_args(evaluate[4:])
+    assert {entry.partition("=")[2] for entry in args.policy} == {str(folder) for folder, _ in made[1:]}
+    assert {entry.partition("=")[0] for entry in args.value} == {"model", "reader", "side"}
+    # The strong value has all rollouts, and the study is told to make just these.
+    assert any(entry.endswith("values/model_4096") for entry in args.value)
+    assert "model, 4096" in made[0][1]
+    assert args.rollouts == str(tmp_path / "study" / "rollouts")
+
+
+def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_ends_it(tmp_path):
+    failing = [sys.executable, "-c", "raise SystemExit(3)"]
+    run(tmp_path, failing)
+    with pytest.raises(SystemExit, match="3"):
+        run(tmp_path / "missing", failing)
+    with pytest.raises(SystemExit, match="3"):
+        run(None, failing)
+
+
+def test_a_contest_stops_where_a_step_fails(tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "no-model"), "--out", str(tmp_path / "out"), "--rollouts", "64"])
+    assert (tmp_path / "out" / "openings.txt").exists()
+    assert "no-model" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "dpo_0.1").exists()
+
+
+def test_runs_of_the_study_are_named_exactly(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study(["model", "--out", str(tmp_path), "--rollouts", "4096", "--only", "model, 4097"])
+    assert "there are: model, 4096; model, 2048;" in capsys.readouterr().err
