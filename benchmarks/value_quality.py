@@ -87,8 +87,9 @@ def plan(most: int) -> list[Run]:
     runs = [best] + [Run(f"model, {size}", "model", size) for size in (2_048, 8_192, 32_768) if size < most]
     for kind, sizes in (("reader", {}), ("side", {}), ("side", {"width": 96, "depth": 4})):
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
-        runs.append(Run(f"{label}, distilled", kind, usual, {"epochs": 2}, sizes, teacher=best.name))
-        runs.append(Run(f"{label}, direct", kind, usual, {"epochs": 2}, sizes))
+        # A teacher's 20 candidates at each of four states are as many rows again as the response has.
+        runs.append(Run(f"{label}, distilled", kind, usual // 2, {"teacher_positions": 4}, sizes, teacher=best.name))
+        runs.append(Run(f"{label}, direct", kind, usual, {}, sizes))
     changes: dict[str, dict[str, Any]] = {
         "no consistency": {"consistency": 0.0},
         "consistency 15": {"consistency": 15.0},

@@ -157,6 +157,33 @@ def test_a_wide_bound_changes_nothing(lm) -> None:
     assert running.pace is None
 
 
+class Clock(Pace):
+    """Notes what steps are said to take."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.seconds: list[float] = []
+
+    def observe(self, rows: int, context: int, scored: int, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def test_what_the_caller_does_between_steps_counts_and_idleness_does_not(lm) -> None:
+    """A bound is one on the time between tokens."""
+    running = engine(lm)
+    for request in ("one", "two"):
+        running.pace = Clock()
+        running.add_request(request, PROMPT, params(values={}, max_tokens=3))
+        while running.has_unfinished:
+            running.step()
+            time.sleep(0.3)
+        first, *others = running.pace.seconds
+        assert len(others) == 2
+        assert min(others) >= 0.3
+        # The second request comes after a pause in which there was nothing to do.
+        assert first < min(others)
+
+
 def test_prompts_and_newcomers_wait_for_room(lm) -> None:
     running = engine(lm, block_size=4)
     running.pace = Fixed(prompt=0)

@@ -72,7 +72,8 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
         self.stats = EngineStats()
         self.pace: Pace | None = None
-        self._step_started = self._step_seconds = 0.0
+        self._step_started = self._token_started = self._step_seconds = 0.0
+        self._left: float | None = None
         self._live: dict[str, list[Sequence]] = {}
         self._arrivals = 0
         self._ended: list[TokenEvent] = []
@@ -277,6 +278,8 @@ class Engine:
         events, self._ended = self._ended, []
         self._drop_retired()
         self._step_started = time.monotonic()
+        # What the caller did since the last step is part of the time between tokens, unless there were none to come.
+        self._token_started = self._step_started if self._left is None else self._left
         self._end_overdue(events)
         plan = self.scheduler.schedule(None if self.pace is None else self._prompt_rows(self.pace))
         for sequence, error in plan.failed:
@@ -286,8 +289,9 @@ class Engine:
         if plan.works:
             with torch.inference_mode():
                 self._run(plan.works, events)
-            seconds = time.monotonic() - self._step_started
+            seconds = time.monotonic() - self._token_started
             self._step_seconds += 0.1 * (seconds - self._step_seconds)
+        self._left = time.monotonic() if plan.works and self.has_unfinished else None
         return events
 
     def _end_overdue(self, events: list[TokenEvent]) -> None:
@@ -343,7 +347,7 @@ class Engine:
             logits = self.lm.logits(forward.last_hidden[torch.tensor(at, device=device)])
             self._choose(ready, at, logits, hidden, events)
         if self.pace is not None:
-            seconds = time.monotonic() - self._step_started
+            seconds = time.monotonic() - self._token_started
             self.pace.observe(len(rows), int(rows.prefix_lens.sum()), self.stats.value_rows - scored, seconds)
 
     # -- choosing --------------------------------------------------------------------------------------------
@@ -508,7 +512,7 @@ class Engine:
         if hurried.any():
             kept[hurried] = spend(_pick(selection, np.flatnonzero(hurried)), needed[hurried], least[hurried], 0)
         if self.pace is not None:
-            room = self.pace.candidates(time.monotonic() - self._step_started)
+            room = self.pace.candidates(time.monotonic() - self._token_started)
             if kept.sum() > room:
                 kept = spend(selection, kept, least, room)
         return kept
