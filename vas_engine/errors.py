@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VASError(Exception):
     """Base class of every error this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by the constructor, whose arguments are others than `args`: errors travel between processes.
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class InvalidArgumentError(VASError, ValueError):

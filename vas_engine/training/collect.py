@@ -34,7 +34,7 @@ from vas_engine.training.rollouts import Header, Rollout, Rollouts, RolloutWrite
 if TYPE_CHECKING:
     from vas_engine.llm import LLM
 
-__all__ = ["CollectConfig", "collect"]
+__all__ = ["CollectConfig", "Job", "Shard", "collect", "encode_prompt", "sample_shards"]
 
 REQUEST_SAMPLES = 16
 """Responses of one request, which share the prompt's pages and its one forward; the others find them cached."""
@@ -146,7 +146,7 @@ def collect(
         KeyboardInterrupt: likewise.
     """
     config = config or CollectConfig()
-    job = _Job(llm, [_encode(llm, prompt, index) for index, prompt in enumerate(prompts)], list(rewards), config)
+    job = Job(llm, [encode_prompt(llm, prompt, index) for index, prompt in enumerate(prompts)], list(rewards), config)
     writer = RolloutWriter(out, job.header())
     missing = [shard for shard in job.shards() if not writer.has(shard.number)]
     left = sum(shard.rows for shard in missing)
@@ -154,7 +154,7 @@ def collect(
     try:
         with (
             _Progress(llm, job.rows, job.rows - left, not use_tqdm) as progress,
-            closing(_sample(llm, job, missing)) as steps,
+            closing(sample_shards(llm, job, missing)) as steps,
         ):
             for responses, shards in steps:
                 progress.show(responses, finisher.means)
@@ -177,7 +177,9 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
+    """The requests whose responses make one file."""
+
     number: int
     requests: list[_Request]
 
@@ -186,7 +188,7 @@ class _Shard:
         return sum(request.count for request in self.requests)
 
 
-class _Job:
+class Job:
     """What is to be sampled and how it becomes rollouts."""
 
     def __init__(
@@ -219,7 +221,7 @@ class _Job:
         fingerprint = self.llm.lm.fingerprint(self.llm.tokenizer)
         return Header(fingerprint, settings, rewards, self.config.policy(self.llm))
 
-    def shards(self) -> Iterator[_Shard]:
+    def shards(self) -> Iterator[Shard]:
         """All of them, prompt by prompt."""
         number, requests, rows = 0, [], 0
         for prompt in range(len(self.prompts)):
@@ -228,17 +230,17 @@ class _Job:
                 requests.append(_Request(prompt, first, samples))
                 rows += samples
                 if rows >= self.config.shard_rows:
-                    yield _Shard(number, requests)
+                    yield Shard(number, requests)
                     number, requests, rows = number + 1, [], 0
         if requests:
-            yield _Shard(number, requests)
+            yield Shard(number, requests)
 
     def sampling(self, request: _Request) -> SamplingParams:
         """Its responses depend on the collection's seed and their places alone."""
         seed = fork_seed(fork_seed(self.config.seed, request.prompt + 1), request.first // REQUEST_SAMPLES + 1)
         return self.params.replace(n=request.count, seed=seed)
 
-    def finish(self, shard: _Shard, outputs: list[RequestOutput], batch_size: int, before_batch: Any) -> list[Rollout]:
+    def finish(self, shard: Shard, outputs: list[RequestOutput], batch_size: int, before_batch: Any) -> list[Rollout]:
         """Score the shard's responses."""
         rows = [
             (request.prompt, request.first + completion.index, completion)
@@ -306,9 +308,9 @@ def _log_ratios(completion: CompletionOutput) -> dict[str, Any]:
     return {"log_ratio": math.fsum(ratios), "log_ratios": ratios}
 
 
-def _sample(
-    llm: LLM, job: _Job, shards: Sequence[_Shard]
-) -> Generator[tuple[int, list[tuple[_Shard, list[RequestOutput]]]], None, None]:
+def sample_shards(
+    llm: LLM, job: Job, shards: Sequence[Shard]
+) -> Generator[tuple[int, list[tuple[Shard, list[RequestOutput]]]], None, None]:
     """Run shards through the engine, one flowing into the next.
 
     Yields:
@@ -318,7 +320,7 @@ def _sample(
     coming = ((shard, request) for shard in shards for request in shard.requests)
     outputs: dict[int, list[RequestOutput]] = {shard.number: [] for shard in shards}
     open_requests = {shard.number: len(shard.requests) for shard in shards}
-    running: dict[str, tuple[_Shard, int]] = {}  # and how many of its responses are finished
+    running: dict[str, tuple[Shard, int]] = {}  # and how many of its responses are finished
     unfinished = 0
     try:
         while True:
@@ -358,7 +360,7 @@ def _sample(
 class _Finisher:
     """Scores shards and writes them, on a thread of its own."""
 
-    def __init__(self, job: _Job, writer: RolloutWriter, batch_size: int) -> None:
+    def __init__(self, job: Job, writer: RolloutWriter, batch_size: int) -> None:
         self._job, self._writer, self._batch_size = job, writer, batch_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         self._pending: deque[Future[None]] = deque()
@@ -366,7 +368,7 @@ class _Finisher:
         self._stopped = False
         self.means: dict[str, float] = {}
 
-    def add(self, shard: _Shard, outputs: list[RequestOutput]) -> None:
+    def add(self, shard: Shard, outputs: list[RequestOutput]) -> None:
         """Take a shard whose responses are all there."""
         self._pending.append(self._pool.submit(self._finish, shard, outputs))
 
@@ -385,7 +387,7 @@ class _Finisher:
             self._stopped = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _finish(self, shard: _Shard, outputs: list[RequestOutput]) -> None:
+    def _finish(self, shard: Shard, outputs: list[RequestOutput]) -> None:
         rollouts = self._job.finish(shard, outputs, self._batch_size, self._go_on)
         hidden = self._job.config.hidden_states
         states = [completion.hidden_states for output in outputs for completion in output.outputs] if hidden else None
@@ -426,7 +428,7 @@ class _Progress:
         self._bar.close()
 
 
-def _encode(llm: LLM, prompt: Any, index: int) -> tuple[str, list[int]]:
+def encode_prompt(llm: LLM, prompt: Any, index: int) -> tuple[str, list[int]]:
     """Text and ids of a prompt, checked before anything is sampled."""
     where = f"prompts[{index}]"
     chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
