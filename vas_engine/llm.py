@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ from tqdm import tqdm
 
 from vas_engine import arguments
 from vas_engine.engine.engine import Engine
-from vas_engine.engine.memory import count_blocks
+from vas_engine.engine.memory import CPU_FRACTION, count_blocks, free_memory
 from vas_engine.engine.output import OutputFront
 from vas_engine.errors import InvalidArgumentError, KVCacheError, VASError
 from vas_engine.interrupt import deferred_interrupt
+from vas_engine.model import ranks
 from vas_engine.model.lm import CausalLM
 from vas_engine.outputs import CompletionOutput, RequestOutput
 from vas_engine.params import SamplingParams
@@ -35,6 +37,7 @@ _ALIASES = {
     "model_path": "model",
     "swap_space": "kv_cache_memory",
     "torch_dtype": "dtype",
+    "tp_size": "tensor_parallel_size",
     "value": "values",
 }
 
@@ -59,6 +62,9 @@ class LLM:
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         load_format: "auto", or "dummy" for random weights of the real shape.
         revision: of a hub model.
+        tensor_parallel_size: processes that share the models, each with its part of the weights and of the KV
+            cache: all ranks that `torchrun --nproc-per-node` started, running one script, which makes the same
+            calls on each. The tokens are the same on all of them.
         max_num_seqs: completions that run at once; default 64 on a CPU, 256 on CUDA.
         max_num_batched_tokens: rows of one step; default 2048 on a CPU, 8192 on CUDA.
         max_model_len: longest prompt and completion together; default the model's, or what the KV cache
@@ -89,6 +95,7 @@ class LLM:
         dtype: Any = "auto",
         load_format: str = "auto",
         revision: str | None = None,
+        tensor_parallel_size: int = 1,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
@@ -103,6 +110,7 @@ class LLM:
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("block_size", block_size),
+            ("tensor_parallel_size", tensor_parallel_size),
         ):
             if number is not None:
                 arguments.integer(name, number, 1)
@@ -118,7 +126,7 @@ class LLM:
             memory = arguments.size_in_bytes("kv_cache_memory", kv_cache_memory)
         folders = _read_values(values)
 
-        self.lm = CausalLM.load(model, device, dtype, load_format, attention_backend, revision)
+        self.lm = CausalLM.load(model, device, dtype, load_format, attention_backend, revision, tensor_parallel_size)
         self.tokenizer = None
         if not arguments.boolean("skip_tokenizer_init", skip_tokenizer_init):
             self.tokenizer = load_tokenizer(model, tokenizer, revision, required=load_format != "dummy")
@@ -129,6 +137,8 @@ class LLM:
             max_num_seqs, max_num_batched_tokens, max_model_len, memory, block_size, enable_prefix_caching
         )
         self._front = OutputFront(self.engine, self.tokenizer)
+        if seed is None and tensor_parallel_size > 1:
+            seed = ranks.first_says(int.from_bytes(os.urandom(7), "little"), self.lm.device)
         self._seed, self._count = seed, 0
 
     def _load_value(self, value: Any) -> Scorer:
@@ -153,7 +163,12 @@ class LLM:
             raise InvalidArgumentError("max_model_len", max_model_len, fix)
         length = max_model_len or longest
         size = Engine.bytes_per_block(self.lm, self.values, block_size)
+        shared = self.lm.tensor_parallel_size
+        if memory is None and shared > 1 and kind == "cpu":
+            memory = int(free_memory(self.lm.device) * CPU_FRACTION / shared)
         blocks = count_blocks(size, block_size, seqs, length, self.lm.device, memory)
+        if shared > 1:
+            blocks = ranks.least(blocks, self.lm.device)
         room = blocks * block_size
         if room < length and max_model_len is not None:
             enough = -(-length // block_size) * size
@@ -209,7 +224,7 @@ class LLM:
 
         Raises:
             InvalidArgumentError: arguments that are no prompts or parameters at all, before any work.
-            VASError: with on_error="raise", the first request's error.
+            VASError: with on_error="raise", the first request's error; ranks that were given different requests.
             KeyboardInterrupt: Ctrl-C ends these requests and leaves the LLM ready for others.
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
@@ -271,6 +286,7 @@ class LLM:
         return self._stream(read[0], params, _check_priority("priority", priority))
 
     def _stream(self, prompt: Prompt, params: SamplingParams, priority: int) -> Iterator[RequestOutput]:
+        self._check_ranks([(prompt, params, priority)])
         output = self._submit(prompt, params, priority)
         shown = output.snapshot()
         try:
@@ -292,8 +308,9 @@ class LLM:
     # -- inner workings --------------------------------------------------------------------------------------
 
     def _run(self, requests: list[tuple[Prompt, SamplingParams, int]], use_tqdm: bool) -> list[RequestOutput]:
+        self._check_ranks(requests)
         outputs: list[RequestOutput] = []
-        bar = tqdm(total=len(requests), disable=not use_tqdm, unit="request", desc="generate")
+        bar = tqdm(total=len(requests), disable=not (use_tqdm and ranks.is_first()), unit="request", desc="generate")
         try:
             for request in requests:
                 outputs.append(self._admit(*request))
@@ -308,6 +325,10 @@ class LLM:
             bar.close()
             self._abandon(outputs)
         return outputs
+
+    def _check_ranks(self, requests: list[tuple[Prompt, SamplingParams, int]]) -> None:
+        if self.lm.tensor_parallel_size > 1:
+            ranks.check_same(requests, self.lm.device)
 
     def _admit(self, prompt: Prompt, params: SamplingParams, priority: int) -> RequestOutput:
         """Submits a request; one that cannot run becomes an output with its error."""

@@ -31,6 +31,7 @@ class Host:
     dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"
     attention_backend: str = "auto"
+    tensor_parallel_size: int = 1
 
     def fingerprint(self, tokenizer: Any | None = None) -> dict[str, str | None]:
         """The vocabulary's hash; nothing else is known."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vas_engine.model.ranks import unshard
+
 FULL_BYTES = 256 * 2**20
 """Models up to this size (as bfloat16) are hashed whole."""
 SAMPLE_PIECES = 16
@@ -27,7 +29,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        numbers = parameter.detach().reshape(-1)
+        numbers = unshard(parameter.detach()).reshape(-1)
         if not whole and numbers.numel() > SAMPLE_PIECES * SAMPLE_NUMBERS:
             numbers = _sample(numbers)
         raw = numbers.to(torch.bfloat16).contiguous().cpu().view(torch.int16)

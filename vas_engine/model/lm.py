@@ -22,6 +22,7 @@ from vas_engine.model.compiled import MAX_ROWS, CompiledFunction
 from vas_engine.model.fingerprint import vocabulary_hash, weights_hash
 from vas_engine.model.loader import load_model
 from vas_engine.model.probe import decoder_layers, probe, settle
+from vas_engine.model.ranks import all_heads, own_heads
 from vas_engine.model.rotary import Rotary
 
 PROBE_POSITION = 7
@@ -82,7 +83,9 @@ class CausalLM:
 
     Attributes:
         model: the transformers model. config: its (text) config. cache: pages, after :meth:`allocate`.
-        layers: how each layer attends. head: whether there is a language-model head.
+        layers: how each layer attends, on this rank. head: whether there is a language-model head.
+        tensor_parallel_size: ranks that share the model; each has its part of every layer's heads, and all have the
+            same hidden states and logits.
         compiled: whether :meth:`forward` and :meth:`logits` run compiled code.
     """
 
@@ -99,6 +102,8 @@ class CausalLM:
         position = min(PROBE_POSITION, self.max_model_len - 1)
         probed = probe(model, self._state, position)
         self.layers: list[LayerSpec] = [entry.spec for entry in probed]
+        self.tensor_parallel_size: int = model.tp_size or 1
+        self._check_shares()
         self._rotary = Rotary(model, probed, position)
         self._decoder = decoder_layers(model, probed)
         self._state.layers = settle(model, probed)
@@ -123,6 +128,7 @@ class CausalLM:
         load_format: str = "auto",
         attention_backend: str = "auto",
         revision: str | None = None,
+        tensor_parallel_size: int = 1,
     ) -> CausalLM:
         """Loads a folder or hub name, or takes a transformers model (which then answers to this object only).
 
@@ -133,6 +139,7 @@ class CausalLM:
             load_format: "auto", or "dummy" for random weights of the real shape.
             attention_backend: "auto", "cpp", "triton" or "reference".
             revision: of a hub model.
+            tensor_parallel_size: ranks that share it, as `LLM` says.
 
         Code that comes with a checkpoint is never run, and only safetensors are read.
 
@@ -140,7 +147,8 @@ class CausalLM:
             InvalidArgumentError: an argument that cannot work. UnsupportedModelError: attention that is not
                 honoured.
         """
-        return cls(load_model(model, device, dtype, load_format, revision), attention_backend)
+        loaded = load_model(model, device, dtype, load_format, revision, tensor_parallel_size)
+        return cls(loaded, attention_backend)
 
     # What it is
 
@@ -229,7 +237,12 @@ class CausalLM:
 
         Raises:
             VASError: torch.compile does not work here, for want of a C++ compiler for one.
+            UnsupportedModelError: several ranks share the model.
         """
+        if self.tensor_parallel_size > 1:
+            raise UnsupportedModelError(
+                "a model that several ranks share is not compiled; leave out enforce_eager=False"
+            )
         self._compiled_forward(self._captured_states(states))
         if self.head:
             self._compiled_logits()
@@ -310,10 +323,10 @@ class CausalLM:
         Each row sees positions strictly below its own; one that stands at position 0 gets zeros.
         """
         self._check_layer(layer)
-        spec = self.layers[layer]
-        return self._pages().attend(
-            layer, queries, None, None, batch.strict, queries.shape[-1] ** -0.5, 0.0, spec.window
-        )
+        spec, ranks = self.layers[layer], self.tensor_parallel_size
+        own = own_heads(queries, ranks, 1)
+        seen = self._pages().attend(layer, own, None, None, batch.strict, own.shape[-1] ** -0.5, 0.0, spec.window)
+        return all_heads(seen, ranks, 1)
 
     def dense(
         self,
@@ -353,8 +366,8 @@ class CausalLM:
             logits=scores,
             hidden=hidden,
             last_hidden=last,
-            keys={layer: kept[layer][0] for layer in kv_layers},
-            values={layer: kept[layer][1] for layer in kv_layers},
+            keys={layer: all_heads(kept[layer][0], self.tensor_parallel_size, 1) for layer in kv_layers},
+            values={layer: all_heads(kept[layer][1], self.tensor_parallel_size, 1) for layer in kv_layers},
         )
 
     # Inner workings
@@ -434,6 +447,17 @@ class CausalLM:
             return self.model(input_ids=places, position_ids=places, use_cache=False).logits
         finally:
             self._given = self._last = None
+
+    def _check_shares(self) -> None:
+        """The plan shards attention by whole heads, in order; what reads other ranks' heads counts on it."""
+        heads, ranks = self.config.num_attention_heads, self.tensor_parallel_size
+        whole = (heads, getattr(self.config, "num_key_value_heads", None) or heads)
+        for index, spec in enumerate(self.layers if ranks > 1 else []):
+            if (spec.num_heads * ranks, spec.kv_heads * ranks) != whole:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: transformers' tensor-parallel plan gives a rank {spec.num_heads} "
+                    f"query and {spec.kv_heads} key heads of layer {index}, not its share of {whole}; use one rank"
+                )
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, nearest
 from vas_engine.model.attention import IMPLEMENTATION
+from vas_engine.model.ranks import check_launch, sharding
 
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {
@@ -58,11 +59,15 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     load_format: str = "auto",
     revision: str | None = None,
+    tensor_parallel_size: int = 1,
 ) -> PreTrainedModel:
     """The model in eval mode, frozen, on its device; see ``CausalLM.load``."""
+    check_launch(tensor_parallel_size)
     if load_format not in LOAD_FORMATS:
         raise InvalidArgumentError("load_format", load_format, nearest(load_format, LOAD_FORMATS))
     place = resolve_device(device)
+    if tensor_parallel_size > 1:
+        _check_shared(model, load_format, place)
     if isinstance(model, PreTrainedModel):
         loaded = _adopt(model, place, device, dtype)
     elif isinstance(model, PretrainedConfig):
@@ -73,7 +78,11 @@ def load_model(
     else:
         config = _read_config(model, revision)
         kind = resolve_dtype(dtype, config)
-        loaded = _random(config, place, kind) if load_format == "dummy" else _read(model, place, kind, revision)
+        loaded = (
+            _random(config, place, kind)
+            if load_format == "dummy"
+            else _read(model, config, place, kind, revision, tensor_parallel_size)
+        )
     loaded.eval()
     loaded.requires_grad_(False)
     return loaded
@@ -109,8 +118,26 @@ def _read_config(model: str | Path, revision: str | None) -> PretrainedConfig:
         raise InvalidArgumentError("model", str(model), fix) from error
 
 
-def _read(model: str | Path, place: torch.device, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+def _check_shared(model: Any, load_format: str, place: torch.device) -> None:
+    """Ranks that share a model read their shards from a checkpoint, each to its own accelerator."""
+    if load_format != "auto" or not isinstance(model, str | Path):
+        fix = "ranks read their shards from a checkpoint; give a folder or hub name with load_format='auto'"
+        raise InvalidArgumentError("tensor_parallel_size", "> 1", fix)
+    if place.type != resolve_device("auto").type or place.index is not None:
+        fix = "each rank takes the accelerator of its number, and the CPU where there is none; use 'auto'"
+        raise InvalidArgumentError("device", str(place), fix)
+
+
+def _read(
+    model: str | Path,
+    config: PretrainedConfig,
+    place: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+    tensor_parallel_size: int,
+) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
+    options |= sharding(config, tensor_parallel_size)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, **options
@@ -119,7 +146,7 @@ def _read(model: str | Path, place: torch.device, dtype: torch.dtype, revision: 
         raise InvalidArgumentError("model", str(model), f"no readable safetensors weights ({error})") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{model}: {error}") from error
-    return _move(loaded, place)
+    return loaded if tensor_parallel_size > 1 else _move(loaded, place)
 
 
 def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> PreTrainedModel:

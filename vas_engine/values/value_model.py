@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
-from vas_engine.errors import InvalidArgumentError, ValueArtifactError, VASError
+from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, ValueArtifactError, VASError
 from vas_engine.model.lm import CausalLM
+from vas_engine.model.ranks import sharding
 from vas_engine.values.base import base_fingerprint, check_base
 from vas_engine.values.config import HeadConfig, ValueConfig
 from vas_engine.values.heads import Heads
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
     """The LM of a checkpoint without its head, in the base model's dtype and on its device; safetensors only.
+
+    Ranks that share the base model share it too where its heads divide among them; else each has all of it.
 
     Raises:
         ValueArtifactError: not a readable Hugging Face folder, or weights are missing.
@@ -41,6 +44,7 @@ def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_shares(folder, lm.tensor_parallel_size),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueArtifactError(f"{folder}: no readable Hugging Face model in safetensors ({error})") from error
@@ -50,6 +54,15 @@ def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
     if missing:
         raise ValueArtifactError(f"{folder}: weights are missing: {missing[:5]}; download or save the whole model")
     return CausalLM.load(model, device=lm.device, dtype=lm.dtype, attention_backend=lm.attention_backend)
+
+
+def _shares(folder: str | Path, ranks: int) -> dict[str, Any]:
+    if ranks == 1:
+        return {}
+    try:
+        return sharding(AutoConfig.from_pretrained(str(folder), trust_remote_code=False), ranks)
+    except UnsupportedModelError:
+        return {}
 
 
 class ValueModel(nn.Module):
