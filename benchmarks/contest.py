@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.record import circumstances, write
 from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
 
-# Two divergences each: method, the weight β of the divergence.
-POLICIES = (("dpo", 0.1), ("dpo", 0.02), ("rloo", 0.02), ("rloo", 0.005), ("grpo", 0.02), ("grpo", 0.005))
+# Method and the weight β of the divergence.
+POLICIES = (("dpo", 0.1), ("rloo", 0.02), ("rloo", 0.005), ("grpo", 0.02), ("grpo", 0.005))
 NAME = "vader-pos-neg"
 # In standard deviations of the reward, for the values; the rivals' own scales are theirs.
 WEIGHTS = (1, 2, 3.5, 5, 7)
@@ -92,17 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(folder, command)
     if args.json:
         results = args.out / "results"
-        found: dict[str, Any] = json.loads((results / "evaluation.json").read_text(encoding="utf-8"))
-        commands = [" ".join(_portable(word) for word in command) for _, command in plan]
+        text = (results / "evaluation.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(_portable(text, args))
+        commands = [_portable(shlex.join(command), args) for _, command in plan]
         write(args.json, {"circumstances": circumstances(), "commands": commands} | found)
-        for plot in sorted(results.glob("*_*.png")):
+        for plot in sorted(results.glob("*.png")):
             shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{plot.name}"))
     return 0
 
 
-def _portable(word: str) -> str:
+def _portable(text: str, args: argparse.Namespace) -> str:
     """Without the places of this machine."""
-    return "python" if word == sys.executable else word.rpartition(os.sep)[2] if os.sep in word else word
+    places = {f"{args.out}{os.sep}": "", str(args.model): args.model.name, sys.executable: "python"}
+    if args.env:
+        places[str(args.env)] = "ENV"
+    for place, name in places.items():
+        text = text.replace(place, name)
+    return text
 
 
 if __name__ == "__main__":

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 import math
+import os
 import re
+import socket
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +26,9 @@ pytest.importorskip("fastapi", reason="the servers of these tests need pip insta
 
 import httpx
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.engine.conftest import llama, network
 from tests.engine.test_distribution import EOS, HORIZON, PROMPT, rewards
@@ -132,8 +138,99 @@ def test_frequencies_of_many_samples(world, upstream, case: dict, ids: bool) -> 
     check_frequencies(world, remote(world, upstream, tokenizer=letter_tokenizer() if ids else None), case, 1000)
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def widened(model: LlamaForCausalLM, width: int = 32) -> LlamaForCausalLM:
+    """The same function with longer heads, zero in what is new, for servers that have no kernel for short ones."""
+    config = copy.deepcopy(model.config)
+    old, heads = config.head_dim, config.num_attention_heads
+    config.head_dim = width
+    wide = LlamaForCausalLM(config)
+    pairs = torch.arange(old // 2) * (width // old)  # where a rotation of the same frequency is
+    places = torch.cat([pairs, pairs + width // 2])
+    state = model.state_dict()
+    for name, weight in state.items():
+        rows = weight.T if name.endswith("o_proj.weight") else weight
+        if "self_attn" in name:
+            longer = rows.new_zeros(len(rows) // old, width, rows.shape[1])
+            longer[:, places] = rows.reshape(-1, old, rows.shape[1])
+            # Attention divides by the root of the width.
+            longer *= (width / old) ** 0.5 if name.endswith("q_proj.weight") else 1.0
+            rows = longer.flatten(0, 1)
+        state[name] = rows.T if name.endswith("o_proj.weight") else rows
+    assert len(state["model.layers.0.self_attn.q_proj.weight"]) == heads * width
+    wide.load_state_dict(state)
+    return wide.eval()
+
+
+def llama_cpp(folder: Path, port: int) -> list[str]:
+    return [str(Path(__file__).with_name("llama_cpp_server.py")), str(folder), str(folder / "model.gguf"), str(port)]
+
+
+def vllm(folder: Path, port: int) -> list[str]:
+    options = ["--model", str(folder), "--served-model-name", "tiny", "--port", str(port), "--dtype", "float32"]
+    options += ["--max-model-len", "128", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
+    return ["-m", "vllm.entrypoints.openai.api_server", *options]
+
+
+@pytest.fixture(
+    scope="module", params=[("VAS_LLAMA_PYTHON", llama_cpp), ("VAS_VLLM_PYTHON", vllm)], ids=["llama", "vllm"]
+)
+def theirs(request, world, tmp_path_factory) -> Iterator[tuple[str, dict]]:
+    """Another project's server over the enumerable model: its address and how RemoteLLM is to speak to it."""
+    variable, command = request.param
+    python = os.environ.get(variable)
+    if not python:
+        pytest.skip(f"{variable} names no interpreter with that server")
+    folder, port = tmp_path_factory.mktemp("theirs"), free_port()
+    model = plain_model(world.lm)
+    (model if command is llama_cpp else widened(model)).save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    url = f"http://127.0.0.1:{port}/v1"
+    log = folder / "log"
+    with (
+        log.open("w") as out,
+        subprocess.Popen([python, *command(folder, port)], stdout=out, stderr=out, env=environment) as running,
+    ):
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(url + "/models").status_code == 200:
+                        break
+                assert running.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+            # llama.cpp reads and tells texts, and cuts the distribution unless it is told not to; vLLM knows ids.
+            plain = {"extra_body": {"top_k": 0, "min_p": 0, "repeat_penalty": 1}}
+            yield url, plain if command is llama_cpp else {"tokenizer": letter_tokenizer()}
+        finally:
+            running.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_frequencies_over_other_servers(world, theirs, case: dict) -> None:
+    url, options = theirs
+    check_frequencies(world, remote(world, url, **options), case, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reward_rises_over_other_servers(world, theirs) -> None:
+    url, options = theirs
+    check_reward_rises(remote(world, url, **options))
+
+
 def test_reward_rises_with_the_weight(world, upstream) -> None:
-    llm = remote(world, upstream)
+    check_reward_rises(remote(world, upstream))
+
+
+def check_reward_rises(llm: RemoteLLM) -> None:
     means = []
     for weight in (-4.0, 0.0, 4.0):
         params = SamplingParams(max_tokens=HORIZON, n=60, seed=1, values={"ones": weight}, num_candidates=4)
@@ -192,7 +289,7 @@ class Faulty(ThreadingHTTPServer):
 
     Attributes:
         faults: what to do with the next requests. poison: the same for every request with a prompt. received: bodies
-            so far. lives: requests until it dies; None: never.
+            so far. lives: requests until it dies; None: never. listing: of its models; None: the real server's.
     """
 
     daemon_threads = True
@@ -205,6 +302,7 @@ class Faulty(ThreadingHTTPServer):
         self.poison: dict = {}
         self.received: list[dict] = []
         self.lives: int | None = None
+        self.listing: dict | None = None
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -219,6 +317,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments) -> None:
         pass
+
+    def do_GET(self) -> None:
+        if self.server.listing is not None:
+            self._answer(200, json.dumps(self.server.listing).encode(), {})
+            return
+        answer = self.server.client.get(self.server.target + self.path)
+        self._answer(answer.status_code, answer.content, {})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

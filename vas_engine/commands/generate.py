@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vas_engine.commands.options import (
-    _MODEL_OPTIONS,
+    add_api_options,
     add_model_options,
     add_sampling_options,
     load_llm,
+    load_remote,
     read_params,
-    read_values,
 )
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.outputs import CompletionOutput, RequestOutput
@@ -68,9 +68,6 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-_API_LIMITS = ("concurrency", "timeout", "max_retries", "requests_per_second", "max_requests", "max_spent_tokens")
-
-
 def _add_api_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a model behind an API", "Every token is a request. A key is read from OPENAI_API_KEY or VAS_API_KEY."
@@ -79,14 +76,8 @@ def _add_api_options(parser: argparse.ArgumentParser) -> None:
     add("--api-base", metavar="URL", help="OpenAI-compatible endpoint with log-probabilities on /completions")
     add("--api-model", metavar="NAME", help="as the endpoint calls it")
     add("--api-body", metavar="JSON", help='fields of every request, such as \'{"top_k": 0, "min_p": 0}\'')
-    add("--value-tokenizer", action="append", default=[], metavar="[NAME=]FOLDER", help="a value's own tokenizer")
     add("--state-file", metavar="FILE", help="keeps every token; a run that ended early goes on from it")
-    add("--concurrency", type=int, metavar="N", help="requests at once (default 8)")
-    add("--timeout", type=float, metavar="S", help="seconds for an answer (default 60)")
-    add("--max-retries", type=int, metavar="N", help="further tries of a request (default 6)")
-    add("--requests-per-second", type=float, metavar="R")
-    add("--max-requests", type=int, metavar="N", help="end there; what is done is kept")
-    add("--max-spent-tokens", type=int, metavar="N", help="the same, by the tokens that the endpoint charges")
+    add_api_options(group)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,35 +111,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_remote(args: argparse.Namespace) -> RemoteLLM:
-    from vas_engine.integrations.remote import RemoteLLM
-
     if args.api_model is None:
         raise InvalidArgumentError("--api-model", None, "say how the endpoint calls its model")
-    for name in _MODEL_OPTIONS:
-        if name != "tokenizer" and getattr(args, name) is not None:
-            raise InvalidArgumentError("--" + name.replace("_", "-"), getattr(args, name), "not with --api-base")
     for option, given in (("--chat", args.chat), ("--show-values", args.show_values and not args.tokenizer)):
         if given:
             fix = "needs token ids: add --tokenizer" if option == "--show-values" else "not with --api-base"
             raise InvalidArgumentError(option, True, fix)
-    try:
-        body = json.loads(args.api_body or "{}")
-    except ValueError as error:
-        raise InvalidArgumentError("--api-body", args.api_body, f"is no JSON ({error})") from error
-    if not isinstance(body, dict):
-        raise InvalidArgumentError("--api-body", args.api_body, "must be a JSON object")
-    tokenizers = read_values(args.value_tokenizer) or {}
-    limits = {name: getattr(args, name) for name in _API_LIMITS if getattr(args, name) is not None}
-    return RemoteLLM(
+    return load_remote(
+        args,
         args.api_base,
         args.api_model,
-        read_values(args.value),
-        tokenizer=args.tokenizer,
-        value_tokenizers={"": tokenizers} if isinstance(tokenizers, str) else tokenizers,
+        "--api-base",
+        "--api-body",
         api_key=os.environ.get("VAS_API_KEY") or os.environ.get("OPENAI_API_KEY"),
-        extra_body=body,
         state_file=args.state_file,
-        **limits,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from vas_engine.errors import InvalidArgumentError
 from vas_engine.params import SamplingParams
 
 if TYPE_CHECKING:
+    from vas_engine.integrations.remote import RemoteLLM
     from vas_engine.llm import LLM
 
 _MODEL_OPTIONS = (
@@ -48,6 +50,15 @@ _SAMPLING_OPTIONS = (
     "repetition_penalty",
     "prune",
     "report_kl",
+)
+_API_LIMITS = (
+    "concurrency",
+    "timeout",
+    "max_retries",
+    "max_wait",
+    "requests_per_second",
+    "max_requests",
+    "max_spent_tokens",
 )
 _GUIDANCE_OPTIONS = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
 
@@ -117,6 +128,58 @@ def add_guidance_options(parser: argparse.ArgumentParser) -> Any:
     add("--tilt", metavar="mean|optimal")
     add("--advantage-clip", type=float, metavar="X", help="bound each advantage; speeds decoding up")
     return values
+
+
+def add_api_options(group: Any) -> None:
+    """How an endpoint may be used; `load_remote` reads them."""
+    add = group.add_argument
+    add("--value-tokenizer", action="append", default=[], metavar="[NAME=]FOLDER", help="a value's own tokenizer")
+    add("--concurrency", type=int, metavar="N", help="requests at once (default 8)")
+    add("--timeout", type=float, metavar="S", help="seconds for an answer (default 60)")
+    add("--max-retries", type=int, metavar="N", default=6, help="further tries of a request (default %(default)s)")
+    add(
+        "--max-wait",
+        type=float,
+        metavar="S",
+        default=600.0,
+        help="longest Retry-After that is waited for (default %(default)g)",
+    )
+    add("--requests-per-second", type=float, metavar="R")
+    add("--max-requests", type=int, metavar="N", help="end there; what is done is kept")
+    add("--max-spent-tokens", type=int, metavar="N", help="the same, by the tokens that the endpoint charges")
+
+
+def load_remote(args: argparse.Namespace, url: str, model: str, other: str, body_option: str, **more: Any) -> RemoteLLM:
+    """The RemoteLLM that the model options and those of an endpoint describe.
+
+    Args:
+        other: option that calls for an endpoint. body_option: that of fields for every request.
+        more: further arguments.
+    """
+    from vas_engine.integrations.remote import RemoteLLM
+
+    for name in _MODEL_OPTIONS:
+        if name not in ("tokenizer", "max_model_len") and getattr(args, name) is not None:
+            raise InvalidArgumentError("--" + name.replace("_", "-"), getattr(args, name), f"not with {other}")
+    text = getattr(args, body_option.removeprefix("--").replace("-", "_"))
+    try:
+        body = json.loads(text or "{}")
+    except ValueError as error:
+        raise InvalidArgumentError(body_option, text, f"is no JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise InvalidArgumentError(body_option, text, "must be a JSON object")
+    tokenizers = read_values(args.value_tokenizer) or {}
+    return RemoteLLM(
+        url,
+        model,
+        read_values(args.value),
+        tokenizer=args.tokenizer,
+        value_tokenizers={"": tokenizers} if isinstance(tokenizers, str) else tokenizers,
+        max_model_len=args.max_model_len,
+        extra_body=body,
+        **_given(args, _API_LIMITS),
+        **more,
+    )
 
 
 def load_llm(args: argparse.Namespace, values: Any = None) -> LLM:

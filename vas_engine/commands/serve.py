@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vas_engine.commands.options import add_model_options, load_llm
+from vas_engine.commands.options import add_api_options, add_model_options, load_llm, load_remote
 from vas_engine.errors import InvalidArgumentError
 
 _EPILOG = """\
@@ -19,6 +20,9 @@ examples:
   vas serve MODEL --value kind=VALUE --value concise=VALUE --port 9000
   vas serve MODEL --value kind=VALUE --api-key-file keys.txt --host 0.0.0.0 --salt-per-key
   VAS_API_KEY=secret vas serve MODEL --value kind=VALUE --itl-slo 30ms --json
+  vas serve --upstream http://127.0.0.1:9000/v1 --value kind=VALUE --value-tokenizer kind=FOLDER
+  vas serve --upstream https://api.example.com/v1 --upstream-model NAME --upstream-key-env EXAMPLE_KEY \\
+      --tokenizer FOLDER --value kind=VALUE --max-spent-tokens 1000000 --port 9001
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "MODEL", "prompt": "Once upon a time", "vas_weights": {"kind": 2}}'
@@ -37,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM")
+    add("model", nargs="?", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM; not with --upstream")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     add("--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL as given)")
@@ -68,7 +72,16 @@ def add_parser(subparsers: Any) -> None:
     limits("--drain-timeout", type=float, metavar="S", help="seconds to finish after SIGTERM")
     limits("--step-timeout", type=float, metavar="S", help="seconds after which a step is reported as stuck")
     add_model_options(parser)
-    parser.set_defaults(run=run)
+    group = parser.add_argument_group(
+        "a model behind an API", "In place of MODEL. Its values are of kind model; every token is a request."
+    )
+    add = group.add_argument
+    add("--upstream", metavar="URL", help="OpenAI-compatible endpoint with log-probabilities on /completions")
+    add("--upstream-model", metavar="NAME", help="as the endpoint calls it (default: the only one it lists)")
+    add("--upstream-key-env", metavar="VAR", help="environment variable that holds the endpoint's key")
+    add("--upstream-body", metavar="JSON", help='fields of every request, such as \'{"top_k": 0, "min_p": 0}\'')
+    add_api_options(group)
+    parser.set_defaults(run=run, max_retries=2, max_wait=30.0)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from vas_engine.serving.logs import set_up
     from vas_engine.serving.server import listen, serve
 
+    remote = _load_remote(args)
     settings = read_settings(args)
     tracer = None
     if args.otlp_traces_endpoint is not None:
@@ -87,11 +101,37 @@ def run(args: argparse.Namespace) -> int:
         print(f"vas: warning: {args.host} is open to others and no --api-key is set", file=sys.stderr)
     set_up(args.json)
     with listener:
-        llm = load_llm(args)
+        llm = remote or load_llm(args)
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         serve(llm, settings, listener, lambda: _say_ready(url, settings.model_name, llm.value_names, args.json), tracer)
     return 0
+
+
+def _load_remote(args: argparse.Namespace) -> Any:
+    """The model behind --upstream; None without. Gives `args` the name to serve it by."""
+    if args.upstream is None:
+        if args.model is None:
+            raise InvalidArgumentError("MODEL", None, "give a folder or hub name, or --upstream URL")
+        return None
+    for name in ("model", "itl_slo", "values_dir", "salt_per_key"):
+        if given := getattr(args, name):
+            option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
+            raise InvalidArgumentError(option, given, "not with --upstream")
+    key = None
+    if args.upstream_key_env is not None:
+        key = os.environ.get(args.upstream_key_env)
+        if not key:
+            raise InvalidArgumentError("--upstream-key-env", args.upstream_key_env, "no such variable is set")
+    llm = load_remote(args, args.upstream, args.upstream_model or "", "--upstream", "--upstream-body", api_key=key)
+    if args.upstream_model is None:
+        names = asyncio.run(llm.models())
+        if len(names) != 1:
+            fix = f"say which of the endpoint's models to serve: {', '.join(names) or 'it lists none'}"
+            raise InvalidArgumentError("--upstream-model", None, fix)
+        llm.model = names[0]
+    args.model = llm.model
+    return llm
 
 
 def seconds(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import FastAPI
 from fastapi import Path as PathParameter
@@ -13,40 +13,49 @@ from starlette.responses import Response
 from vas_engine.engine.engine import Engine
 from vas_engine.serving import protocol
 from vas_engine.serving.errors import ServingError, bad_request, json_response
+from vas_engine.serving.worker import EngineThread
 from vas_engine.values.artifact import load_value
 
 if TYPE_CHECKING:
+    from vas_engine.llm import LLM
     from vas_engine.serving.app import State
 
 Name = Annotated[str, PathParameter(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 def add_admin(app: FastAPI, state: State) -> None:
-    """Adds the routes under /admin."""
+    """Adds the routes under /admin: profiles, and values where there is an engine to load them into."""
+    if isinstance(state.worker, EngineThread):
+        _add_values(app, state, state.worker, cast("LLM", state.llm))
+    _add_profiles(app, state)
+
+
+def _add_values(app: FastAPI, state: State, worker: EngineThread, llm: LLM) -> None:
     loading = asyncio.Lock()
 
     @app.get("/admin/values", response_model=protocol.ValueList, tags=["admin"])
     async def values() -> Any:
         """Values that are loaded."""
-        return json_response(await state.worker.call(_list_values))
+        return json_response(await worker.call(_list_values))
 
     @app.post("/admin/values", response_model=protocol.ValueList, tags=["admin"])
     async def load(body: protocol.LoadValueRequest) -> Any:
         """Loads a value from the server's folder of values. Requests that run are not disturbed."""
         folder = resolve(state.settings.values_dir, body.path)
-        llm = state.llm
         async with loading:  # one at a time: each takes memory for its pages
             scorer = await asyncio.to_thread(load_value, folder, llm.engine.lm, tokenizer=llm.tokenizer)
-            await state.worker.call(lambda engine: engine.add_value(body.name, scorer))
-        return json_response(await state.worker.call(_list_values))
+            await worker.call(lambda engine: engine.add_value(body.name, scorer))
+        return json_response(await worker.call(_list_values))
 
     @app.delete("/admin/values/{name}", response_model=protocol.ValueList, tags=["admin"])
     async def unload(name: Name) -> Any:
         """Unloads a value: new requests cannot name it; those that use it are finished first."""
-        await state.worker.call(lambda engine: engine.remove_value(name))
-        state.llm.values.pop(name, None)
-        return json_response(await state.worker.call(_list_values))
+        await worker.call(lambda engine: engine.remove_value(name))
+        llm.values.pop(name, None)
+        return json_response(await worker.call(_list_values))
 
+
+def _add_profiles(app: FastAPI, state: State) -> None:
     @app.get("/admin/profiles", response_model=protocol.ProfileList, tags=["admin"])
     async def profiles() -> Any:
         """All profiles."""

@@ -18,26 +18,30 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import vas_engine
-from vas_engine.errors import InvalidArgumentError, VASError
+from vas_engine.errors import VASError
+from vas_engine.integrations.remote import RemoteLLM
 from vas_engine.outputs import RequestOutput
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt
 from vas_engine.serving import errors, protocol, requests
 from vas_engine.serving.admin import add_admin
+from vas_engine.serving.backend import Backend, Observer
 from vas_engine.serving.errors import ServingError, as_serving_error, json_response, overloaded, to_json
 from vas_engine.serving.logs import Journal
 from vas_engine.serving.metrics import Metrics
 from vas_engine.serving.profiles import Profiles
+from vas_engine.serving.relay import Relay
 from vas_engine.serving.replies import ChatReply, CompletionReply, Reply, usage
 from vas_engine.serving.requests import Job
 from vas_engine.serving.security import Gate, salt_of
 from vas_engine.serving.settings import Settings
-from vas_engine.serving.worker import Delta, EngineThread
+from vas_engine.serving.stream import Delta
+from vas_engine.serving.worker import EngineThread
 from vas_engine.tokenizer import render_chat
 
 if TYPE_CHECKING:
-    from vas_engine.engine.guide import Guide
     from vas_engine.llm import LLM
+    from vas_engine.values.config import HeadConfig
 
 PLAYGROUND = Path(__file__).parent / "playground"
 _PAGE_HEADERS = {
@@ -54,23 +58,32 @@ class State:
     """What the routes of one server share.
 
     Attributes:
+        worker: runs the requests.
         draining: nothing new is taken in; what was accepted goes on.
         stuck: the present step takes longer than it may.
     """
 
-    def __init__(self, llm: LLM, settings: Settings) -> None:
+    def __init__(self, llm: LLM | RemoteLLM, settings: Settings) -> None:
         self.llm, self.settings = llm, settings
         self.profiles = Profiles(settings.profiles)
-        self.metrics = Metrics(llm.engine, settings.model_name)
-        self.worker = EngineThread(llm.engine, llm.tokenizer, self.metrics)
-        llm.engine.bound_latency(settings.itl_slo)
+        self.metrics = Metrics(settings.model_name)
+        self.worker = _backend(llm, settings, self.metrics)
+        self.metrics.include(self.worker)
         self.created = int(time.time())
         self.draining = self.stuck = False
         # One thread with a tokenizer of its own: the engine's thread decodes with the other one.
         self._tokenizer = copy.deepcopy(llm.tokenizer)
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
-        longest = max((len(token) for token in self._tokenizer.get_vocab()), default=1) if self._tokenizer else 1
-        self.max_chars = llm.max_model_len * longest
+        vocabulary = self._tokenizer.get_vocab() if self._tokenizer is not None else ()
+        self._longest_token = max(map(len, vocabulary), default=None)
+
+    @property
+    def max_chars(self) -> int:
+        """The longest text that may still fit the model's context."""
+        context = self.llm.max_model_len
+        if context is None or self._longest_token is None:
+            return self.settings.limits.body_bytes
+        return context * self._longest_token
 
     @property
     def status(self) -> str:
@@ -78,8 +91,18 @@ class State:
             return "failed"
         return "stuck" if self.stuck else "draining" if self.draining else "ok"
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        return await self._off_loop(prompt.encode, self._tokenizer)
+    async def encode(self, prompt: Prompt) -> Prompt:
+        """The prompt with its token ids, if there is a tokenizer."""
+        if self._tokenizer is None:
+            return prompt
+        return Prompt(prompt.text, await self._off_loop(prompt.encode, self._tokenizer))
+
+    async def tokens(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids."""
+        ids = (await self.encode(prompt)).token_ids
+        if ids is None:
+            raise errors.bad_request("prompt", "no tokenizer is loaded")
+        return ids
 
     async def render(self, messages: Sequence[protocol.Message]) -> Prompt:
         """A conversation by the model's own template, or the operator's."""
@@ -107,7 +130,7 @@ class State:
             raise overloaded(503, "the server is shutting down", 10)
         if self.worker.broken is not None:
             raise overloaded(503, "the engine has stopped", 60)
-        waiting = self.worker.open_completions + completions - self.llm.engine.scheduler.max_num_seqs
+        waiting = self.worker.open_completions + completions - self.worker.places
         if waiting > self.settings.max_waiting:
             raise overloaded(429, "too many requests are waiting; come again later", RETRY_SECONDS)
 
@@ -123,17 +146,25 @@ class State:
             self.metrics.stuck.set(stuck)
 
 
-def create_app(llm: LLM, settings: Settings, tracer: Any | None = None) -> FastAPI:
+def _backend(llm: LLM | RemoteLLM, settings: Settings, observer: Observer) -> Backend:
+    if isinstance(llm, RemoteLLM):
+        return Relay(llm, observer)
+    llm.engine.bound_latency(settings.itl_slo)
+    return EngineThread(llm.engine, llm.tokenizer, observer)
+
+
+def create_app(llm: LLM | RemoteLLM, settings: Settings, tracer: Any | None = None) -> FastAPI:
     """An ASGI application that serves an LLM, which it owns from its startup to its shutdown.
 
     Args:
+        llm: with an engine of its own, or over an endpoint behind this server.
         tracer: an OpenTelemetry tracer that gets a span for each request; None traces nothing.
     """
     state = State(llm, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        state.worker.start()
+        await state.worker.start()
         watchdog = asyncio.create_task(state.watch())
         yield
         watchdog.cancel()
@@ -181,7 +212,8 @@ _ERRORS: dict[int | str, str] = {
     415: "The body is no JSON",
     429: "Too many requests wait; see Retry-After",
     500: "The engine failed this request",
-    503: "Shutting down, or the engine has stopped; see Retry-After",
+    502: "The endpoint behind this server failed, or answered nonsense",
+    503: "Shutting down, or the engine or the endpoint behind does not run; see Retry-After",
     504: "The request took too long",
 }
 
@@ -200,14 +232,12 @@ def _add_generation(app: FastAPI, state: State) -> None:
         job = requests.completion_job(body, limits, state.profiles.weights(body.vas_profile))
         prompts = requests.read_prompts(body, limits, state.max_chars)
         state.admit(len(prompts) * job.params.n)
-        ids = [await _tokens(state, prompt) for prompt in prompts]
+        prompts = [await state.encode(prompt) for prompt in prompts]
         echoed = []
         if job.echo:
-            echoed = [
-                p.text if p.text is not None else await state.decode(i) for p, i in zip(prompts, ids, strict=True)
-            ]
+            echoed = [p.text if p.text is not None else await state.decode(p.token_ids or []) for p in prompts]
         reply = CompletionReply(job, settings.model_name, echoed)
-        return await _answer(request, state, body, job, ids, reply, started)
+        return await _answer(request, state, body, job, prompts, reply, started)
 
     @app.post(
         "/v1/chat/completions", response_model=protocol.ChatCompletionResponse, responses=_STREAMED, tags=["generation"]
@@ -220,7 +250,7 @@ def _add_generation(app: FastAPI, state: State) -> None:
         state.admit(job.params.n)
         prompt = await state.render(body.messages)
         reply = ChatReply(job, settings.model_name)
-        return await _answer(request, state, body, job, [prompt.token_ids or []], reply, started)
+        return await _answer(request, state, body, job, [prompt], reply, started)
 
     @app.post("/tokenize", response_model=protocol.TokenizeResponse, tags=["tokens"])
     async def tokenize(body: protocol.TokenizeRequest) -> Any:
@@ -230,10 +260,10 @@ def _add_generation(app: FastAPI, state: State) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise errors.bad_request("prompt", "give either prompt or messages")
         if body.messages is not None:
-            tokens = (await state.render(body.messages)).token_ids or []
+            tokens = await state.tokens(await state.render(body.messages))
         else:
             requests.within("prompt", len(body.prompt or ""), state.max_chars, "characters, the model's context")
-            tokens = await _tokens(state, Prompt(text=body.prompt))
+            tokens = await state.tokens(Prompt(text=body.prompt))
         pieces = await state.pieces(tokens) if body.return_token_strs else None
         return json_response(
             {"count": len(tokens), "max_model_len": state.llm.max_model_len, "tokens": tokens, "token_strs": pieces}
@@ -244,9 +274,9 @@ def _add_generation(app: FastAPI, state: State) -> None:
         """Text of token ids."""
         if body.model is not None:
             _check_model(state, body.model)
-        size = state.llm.engine.lm.vocab_size
+        size = state.worker.vocab_size
         worst = max(body.tokens, default=0)
-        if worst >= size:
+        if size is not None and worst >= size:
             raise errors.bad_request("tokens", f"tokens={worst}: token ids of this model end at {size - 1}")
         requests.within("tokens", len(body.tokens), state.max_chars, "tokens, the model's context")
         return json_response({"prompt": await state.decode(body.tokens)})
@@ -263,7 +293,7 @@ def _add_information(app: FastAPI, state: State) -> None:
             "owned_by": "vas_engine",
             "max_model_len": state.llm.max_model_len,
             "vas_values": state.llm.value_names,
-            "vas_scales": _scales(state.llm.engine.guide),
+            "vas_scales": {name: _scale(head) for name, head in state.worker.heads().items()},
             "vas_limits": {"logprobs": limits.logprobs, "candidates": limits.candidates},
         }
 
@@ -302,18 +332,14 @@ def _add_information(app: FastAPI, state: State) -> None:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _scales(guide: Guide) -> dict[str, Any]:
-    """What `protocol.ValueScale` says, by value."""
-    scales = {}
-    for network in guide.networks:
-        for name, head in zip(guide.value_names[network.columns], network.scorer.config.heads, strict=False):
-            bounded = math.isfinite(head.interval[1] - head.interval[0])
-            scales[name] = {
-                "reward": head.reward,
-                "std": None if bounded else abs(head.std),
-                "interval": head.interval if bounded else None,
-            }
-    return scales
+def _scale(head: HeadConfig) -> dict[str, Any]:
+    """What `protocol.ValueScale` says."""
+    bounded = math.isfinite(head.interval[1] - head.interval[0])
+    return {
+        "reward": head.reward,
+        "std": None if bounded else abs(head.std),
+        "interval": head.interval if bounded else None,
+    }
 
 
 def _add_playground(app: FastAPI) -> None:
@@ -340,7 +366,7 @@ async def _answer(
     state: State,
     body: protocol.Sampling,
     job: Job,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     reply: Reply,
     started: float,
 ) -> Response:
@@ -378,14 +404,14 @@ class Work:
     def __init__(
         self,
         state: State,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         options: dict[str, Any],
         told: dict[str, Any],
     ) -> None:
         self.state, self._told = state, told
         self._changed = asyncio.Event()
-        self.streams = [state.worker.submit(ids, params, self._changed, **options) for ids in prompts]
+        self.streams = [state.worker.submit(prompt, params, self._changed, **options) for prompt in prompts]
         self._timer = asyncio.get_running_loop().call_later(state.settings.request_timeout, self._expire)
 
     @property
@@ -549,13 +575,6 @@ def _check_model(state: State, name: str) -> None:
         raise ServingError(
             404, f"model {name[:100]!r} is not served; {served!r} is", param="model", code="model_not_found"
         )
-
-
-async def _tokens(state: State, prompt: Prompt) -> list[int]:
-    try:
-        return await state.encode(prompt)
-    except InvalidArgumentError as error:
-        raise as_serving_error(error) from error
 
 
 def _event(body: Any) -> bytes:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vas_engine.engine.engine import Engine
 from vas_engine.outputs import RequestOutput
+from vas_engine.serving.backend import Backend
 
 _LABELS = ("model_name",)
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -20,9 +20,9 @@ _NATS = (0.01, 0.1, 0.3, 1, 2, 3, 5, 8, 12, 20, 50, 100)
 
 
 class Metrics:
-    """What a server counts; an `Observer` of the engine's thread."""
+    """What a server counts; an `Observer` of its backend."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = (model_name,)
 
@@ -48,7 +48,10 @@ class Metrics:
             "vas:engine_stuck", "1 while a step takes longer than it may", _LABELS, registry=self.registry
         )
         self.stuck = self.stuck.labels(*self._labels)
-        self.registry.register(_EngineTotals(engine, self._labels))
+
+    def include(self, backend: Backend) -> None:
+        """Reports a backend's own counts as well."""
+        self.registry.register(_Collector(backend, self._labels))
 
     def refused(self, status: int) -> None:
         self._refused.labels(*self._labels, str(status)).inc()
@@ -70,7 +73,7 @@ class Metrics:
         """The exposition format."""
         return generate_latest(self.registry)
 
-    # -- Observer, on the engine's thread --------------------------------------------------------------------
+    # -- Observer, on the backend's thread --------------------------------------------------------------------
 
     def tokens(self, output: RequestOutput, new: int, seconds: float, first: bool) -> None:
         (self._first if first else self._between).observe(seconds)
@@ -82,38 +85,16 @@ class Metrics:
         self._failed.inc()
 
 
-class _EngineTotals:
-    """Reads the engine's own counts when somebody asks. They are single numbers, so no lock is needed."""
+class _Collector:
+    """Reads a backend's own counts when somebody asks."""
 
-    def __init__(self, engine: Engine, labels: tuple[str, ...]) -> None:
-        self._engine, self._labels = engine, labels
+    def __init__(self, backend: Backend, labels: tuple[str, ...]) -> None:
+        self._backend, self._labels = backend, labels
 
     def collect(self) -> Iterator[Metric]:
-        scheduler, blocks, stats = self._engine.scheduler, self._engine.blocks, self._engine.stats
-        scored = stats.value_rows + stats.pruned_rows
-        gauges = {
-            "vllm:num_requests_running": ("Completions that run", scheduler.num_running),
-            "vllm:num_requests_waiting": ("Completions that wait", scheduler.num_waiting),
-            "vllm:kv_cache_usage_perc": ("Share of the KV cache in use", blocks.num_used / blocks.num_blocks),
-            "vas:value_evaluations_per_token": ("Value evaluations per token", stats.value_rows / max(stats.tokens, 1)),
-            "vas:pruned_share": ("Share of candidates that pruning spared", stats.pruned_rows / max(scored, 1)),
-            "vas:rows_per_step": ("Rows of the base model per step", stats.model_rows / max(stats.steps, 1)),
-        }
-        counters = {
-            "vllm:num_preemptions": ("Completions pushed out of the KV cache", scheduler.num_preemptions),
-            "vllm:generation_tokens": ("Tokens generated", stats.tokens),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", blocks.prefix_queried_tokens),
-            "vllm:prefix_cache_hits": ("Prompt tokens found there", blocks.prefix_hit_tokens),
-            "vas:steps": ("Engine steps", stats.steps),
-            "vas:value_evaluations": ("Rows that value networks scored to choose tokens", stats.value_rows),
-            "vas:limited_tokens": ("Tokens for which the latency bound left out candidates", stats.limited_tokens),
-            "vas:pruned_evaluations": ("Candidate rows that pruning spared", stats.pruned_rows),
-        }
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=_LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
+        gauges, counters = self._backend.totals()
+        for family, totals in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (text, value) in totals.items():
+                metric = family(name, text, labels=_LABELS)
+                metric.add_metric(self._labels, value)
+                yield metric

@@ -74,7 +74,7 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     logit_bias: Bias | None = Field(None, description="token id: number added to its logit; -100 bans it")
     priority: int | None = Field(None, ge=0, lt=2**31, description="larger gives way to smaller")
     stream: bool | None = None
@@ -210,7 +210,7 @@ class Candidate(BaseModel):
     `logprob` is the base model's, `tilted_logprob` that of the distribution drawn from; null is not known.
     """
 
-    id: int
+    id: int | None
     token: str | None
     logprob: float | None
     tilted_logprob: float | None
@@ -230,7 +230,7 @@ class ChoiceGuidance(BaseModel):
     """
 
     seed: int | None = None
-    token_ids: list[int] | None = None
+    token_ids: list[int | None] | None = None
     prompt_values: dict[str, float | None] | None = None
     values: dict[str, list[float | None]] | None = None
     candidates: list[list[Candidate]] | None = None
@@ -345,13 +345,16 @@ class CardLimits(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """`vas_values`: names that vas_weights may use; `vas_scales`: in which range their weights make sense."""
+    """`vas_values`: names that vas_weights may use; `vas_scales`: in which range their weights make sense.
+
+    `max_model_len` is null where a server does not know the context of the endpoint behind it.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
-    max_model_len: int
+    max_model_len: int | None
     vas_values: list[str]
     vas_scales: dict[str, ValueScale]
     vas_limits: CardLimits
@@ -364,7 +367,7 @@ class ModelList(BaseModel):
 
 class TokenizeResponse(BaseModel):
     count: int
-    max_model_len: int
+    max_model_len: int | None
     tokens: list[int]
     token_strs: list[str | None] | None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vas_engine.outputs import CompletionOutput, Logprob, RequestOutput
 from vas_engine.serving.requests import Job
-from vas_engine.serving.worker import Delta
+from vas_engine.serving.stream import Delta
 
 LOWEST = -9999.0  # what OpenAI writes for the log-probability of the impossible
 
@@ -83,7 +83,7 @@ class Reply:
         output, job = delta.output, self.job
         told: dict[str, Any] = {"seed": output.seed}
         if job.return_values or job.candidates is not None:
-            told["token_ids"] = output.token_ids[delta.start : delta.end]
+            told["token_ids"] = [known_id(token) for token in output.token_ids[delta.start : delta.end]]
         if job.return_values:
             if delta.start == 0:
                 told["prompt_values"] = numbers(output.prompt_values)
@@ -180,7 +180,7 @@ class ChatReply(Reply):
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
     """Tokens of a request, by OpenAI's names."""
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    prompt = sum(output.metrics.prompt_tokens for output in outputs)
     completion = sum(output.metrics.generated_tokens for output in outputs)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -197,7 +197,7 @@ def candidates(entries: dict[int, Logprob], count: int) -> list[dict[str, Any]]:
     tokens = [(drawn, entries[drawn]), *((t, e) for t, e in top(entries, count) if t != drawn)]
     return [
         {
-            "id": token,
+            "id": known_id(token),
             "token": entry.decoded_token,
             "logprob": logprob(entry.logprob),
             "tilted_logprob": logprob(entry.tilted_logprob),
@@ -205,6 +205,11 @@ def candidates(entries: dict[int, Logprob], count: int) -> list[dict[str, Any]]:
         }
         for token, entry in tokens
     ]
+
+
+def known_id(token: int) -> int | None:
+    """Endpoints that tell no token ids leave negative numbers in their place."""
+    return token if token >= 0 else None
 
 
 def _alternative(token: int, entry: Logprob) -> dict[str, Any]:

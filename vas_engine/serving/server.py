@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,13 @@ from vas_engine.serving.app import State, create_app
 from vas_engine.serving.settings import Settings
 
 if TYPE_CHECKING:
+    from vas_engine.integrations.remote import RemoteLLM
     from vas_engine.llm import LLM
 
 CLOSE_TIMEOUT = 5  # seconds that clients have to take the last of their answers
+# The engine's thread lets go of the interpreter in every tensor operation and has to get it back from the event loop,
+# which by default may keep it for 5 ms: as long as several steps of a small model.
+SWITCH_INTERVAL = 1e-4
 
 log = logging.getLogger("vas_engine.serving")
 
@@ -32,7 +37,8 @@ def listen(host: str, port: int) -> socket.socket:
         InvalidArgumentError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns Nagle's algorithm off for sockets that say they are TCP's: else events wait for acknowledgements.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
@@ -95,13 +101,14 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    llm: LLM,
+    llm: LLM | RemoteLLM,
     settings: Settings,
     listener: socket.socket,
     ready: Callable[[], None] | None = None,
     tracer: Any | None = None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; returns when everything accepted has been answered."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
     server = Server(create_app(llm, settings, tracer), settings, ready)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

@@ -1,12 +1,8 @@
-"""The engine's thread, and requests as the event loop sees them.
+"""The engine's thread.
 
 The engine runs steps in a thread of its own. Whatever else is to happen to it (a new request, a cancelled one, a
 value to load) is a function in a queue that the thread empties before every step. After a step it notes for each
 request how far its output has come and wakes the event loop once.
-
-Outputs only grow, so nothing is copied: a reader that looks at the first `tokens` tokens and `chars` characters sees
-what they were when these numbers were noted. A reader that falls behind finds more at its next look; the engine never
-waits for it and nothing piles up.
 """
 
 from __future__ import annotations
@@ -20,109 +16,26 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from vas_engine.engine.engine import Engine
 from vas_engine.engine.output import OutputFront
 from vas_engine.errors import VASError
-from vas_engine.outputs import CompletionOutput, RequestOutput
+from vas_engine.outputs import RequestOutput
 from vas_engine.params import SamplingParams
+from vas_engine.prompts import Prompt
+from vas_engine.serving.backend import Observer, Totals
+from vas_engine.serving.stream import Mark, News, Stream
+from vas_engine.values.config import HeadConfig
 
 T = TypeVar("T")
 
 log = logging.getLogger("vas_engine.serving")
 
 
-class Mark(NamedTuple):
-    """How far a completion had come at the end of a step."""
-
-    tokens: int = 0
-    chars: int = 0
-    finished: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a completion gained since the last look: its tokens [start, end) and text."""
-
-    output: CompletionOutput
-    start: int
-    end: int
-    text: str
-    finished: bool
-
-
-class Observer(Protocol):
-    """Is told what the engine does, on the engine's thread."""
-
-    def tokens(self, output: RequestOutput, new: int, seconds: float, first: bool) -> None:
-        """A step gave a request `new` tokens, `seconds` after its tokens before (or its arrival)."""
-
-    def step(self, seconds: float) -> None:
-        """A step ended."""
-
-    def failed_step(self) -> None:
-        """A step raised."""
-
-
-class Stream:
-    """One submitted request as the event loop sees it.
-
-    Attributes:
-        completions: how many it asked for.
-        changed: set whenever there is news; several streams may share one.
-        output: grows on the engine's thread; None until the engine has taken the request in.
-        error: why it ended, if it was an error.
-        told: when the engine's thread last had tokens for it.
-    """
-
-    def __init__(self, request_id: str, completions: int, changed: asyncio.Event) -> None:
-        self.request_id, self.completions, self.changed = request_id, completions, changed
-        self.output: RequestOutput | None = None
-        self.error: Exception | None = None
-        self.finished = False
-        self.told = 0.0
-        self._marks = self._seen = (Mark(),) * completions
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the engine has looked at it: it has taken it in, or there is an error."""
-        return self.output is not None or self.error is not None
-
-    def take(self) -> list[Delta]:
-        """What is new since the last call."""
-        if self.output is None or self._marks is self._seen:
-            return []
-        seen, self._seen = self._seen, self._marks
-        return [
-            Delta(output, old.tokens, new.tokens, output.text[old.chars : new.chars], new.finished)
-            for output, old, new in zip(self.output.outputs, seen, self._marks, strict=True)
-            if new != old
-        ]
-
-    def update(self, news: _News) -> None:
-        """Takes over what the engine's thread has noted."""
-        if self.finished:
-            return
-        self.output, self._marks, self.error, self.finished = news
-        self.changed.set()
-
-    def fail(self, error: Exception) -> None:
-        """Ends it for its reader, whatever the engine still does."""
-        self.update(_News(self.output, self._marks, error, True))
-
-
-class _News(NamedTuple):
-    output: RequestOutput | None
-    marks: tuple[Mark, ...]
-    error: Exception | None
-    finished: bool
-
-
 class EngineThread:
-    """Owns an engine and runs its steps, while there is something to run.
+    """A Backend that owns an engine and runs its steps, while there is something to run.
 
     Args:
         engine: nobody else may touch it from `start` to `stop`.
@@ -140,7 +53,7 @@ class EngineThread:
         self._streams: dict[str, Stream] = {}  # the engine thread's
         self._open: set[Stream] = set()  # the event loop's
         self._lock = threading.Lock()
-        self._news: dict[Stream, _News] = {}
+        self._news: dict[Stream, News] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._running = False
@@ -149,7 +62,7 @@ class EngineThread:
 
     # -- the event loop's side -------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Starts the thread; called from the event loop that will read the streams."""
         self._loop = asyncio.get_running_loop()
         self._running = True
@@ -168,6 +81,14 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join, 5.0)
 
     @property
+    def places(self) -> int:
+        return self.engine.scheduler.max_num_seqs
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.lm.vocab_size
+
+    @property
     def open_completions(self) -> int:
         """Completions submitted and not finished, running or waiting."""
         return sum(stream.completions for stream in self._open)
@@ -183,17 +104,57 @@ class EngineThread:
         frame = sys._current_frames().get(self._thread.ident or -1)
         return "".join(traceback.format_stack(frame)) if frame else ""
 
+    def heads(self) -> dict[str, HeadConfig]:
+        guide = self.engine.guide
+        return {
+            name: head
+            for network in guide.networks
+            for name, head in zip(guide.value_names[network.columns], network.scorer.config.heads, strict=False)
+        }
+
+    def totals(self) -> Totals:
+        """The engine's own counts. They are single numbers, so no lock is needed."""
+        scheduler, blocks, stats = self.engine.scheduler, self.engine.blocks, self.engine.stats
+        scored = stats.value_rows + stats.pruned_rows
+        gauges = {
+            "vllm:num_requests_running": ("Completions that run", scheduler.num_running),
+            "vllm:num_requests_waiting": ("Completions that wait", scheduler.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of the KV cache in use", blocks.num_used / blocks.num_blocks),
+            "vas:value_evaluations_per_token": ("Value evaluations per token", stats.value_rows / max(stats.tokens, 1)),
+            "vas:pruned_share": ("Share of candidates that pruning spared", stats.pruned_rows / max(scored, 1)),
+            "vas:rows_per_step": ("Rows of the base model per step", stats.model_rows / max(stats.steps, 1)),
+        }
+        counters = {
+            "vllm:num_preemptions": ("Completions pushed out of the KV cache", scheduler.num_preemptions),
+            "vllm:generation_tokens": ("Tokens generated", stats.tokens),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache", blocks.prefix_queried_tokens),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there", blocks.prefix_hit_tokens),
+            "vas:steps": ("Engine steps", stats.steps),
+            "vas:value_evaluations": ("Rows that value networks scored to choose tokens", stats.value_rows),
+            "vas:limited_tokens": ("Tokens for which the latency bound left out candidates", stats.limited_tokens),
+            "vas:pruned_evaluations": ("Candidate rows that pruning spared", stats.pruned_rows),
+        }
+        return Totals(gauges, counters)
+
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, changed: asyncio.Event, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        changed: asyncio.Event,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        deadline: float | None = None,
     ) -> Stream:
-        """Hands a request to the engine, with the options of `OutputFront.add`; its errors come out of the stream."""
+        """Hands a request to the engine."""
+        options = {"priority": priority, "salt": salt, "deadline": deadline}
         stream = Stream(str(next(self._ids)), params.n, changed)
         if self.broken is not None:
             stream.fail(VASError(f"the engine has stopped: {self.broken!r}"))
             return stream
         self._open.add(stream)
         self._idle.clear()
-        self._commands.put(lambda: self._add(stream, prompt_ids, params, options))
+        self._commands.put(lambda: self._add(stream, prompt, params, options))
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -244,7 +205,7 @@ class EngineThread:
             self.broken = error
             log.critical("engine stopped", exc_info=error)
             failure = VASError(f"the engine has stopped: {error!r}")
-            self._tell([(stream, _News(None, (), failure, True)) for stream in self._streams.values()])
+            self._tell([(stream, News(None, (), failure, True)) for stream in self._streams.values()])
 
     def _obey(self) -> None:
         """Runs the commands at hand; waits for one if there is nothing else to do."""
@@ -269,15 +230,16 @@ class EngineThread:
             self.observer.step(now - started)
         self._publish(touched, now)
 
-    def _add(self, stream: Stream, prompt_ids: Sequence[int], params: SamplingParams, options: dict[str, Any]) -> None:
+    def _add(self, stream: Stream, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
         try:
-            output = self._front.add(stream.request_id, prompt_ids, params, **options)
+            # The ids are there, or it is an error: texts were encoded elsewhere, off this thread.
+            output = self._front.add(stream.request_id, prompt.encode(None), params, **options)
         except VASError as error:
-            self._tell([(stream, _News(None, (), error, True))])
+            self._tell([(stream, News(None, (), error, True))])
             return
         stream.told = output.metrics.arrival
         self._streams[stream.request_id] = stream
-        self._tell([(stream, _News(output, (Mark(),) * params.n, None, False))])
+        self._tell([(stream, News(output, (Mark(),) * params.n, None, False))])
 
     def _cancel(self, request_id: str) -> None:
         output = self._front.cancel(request_id)
@@ -288,20 +250,19 @@ class EngineThread:
         news = []
         for output in touched:
             stream = self._streams[output.request_id]
-            marks = tuple(Mark(len(o.token_ids), len(o.text), o.finished) for o in output.outputs)
-            finished = output.finished
+            latest = News.of(output)
             if self.observer is not None:
                 new = sum(len(o.delta_token_ids) for o in output.outputs)
                 if new:
                     first = output.metrics.generated_tokens == new
                     self.observer.tokens(output, new, now - stream.told, first)
                     stream.told = now
-            if finished:
+            if latest.finished:
                 del self._streams[output.request_id]
-            news.append((stream, _News(output, marks, output.error, finished)))
+            news.append((stream, latest))
         self._tell(news)
 
-    def _tell(self, news: Sequence[tuple[Stream, _News]]) -> None:
+    def _tell(self, news: Sequence[tuple[Stream, News]]) -> None:
         if not news or self._loop is None:
             return
         with self._lock:

@@ -219,7 +219,8 @@ class _Collector:
         shards = [shard for shard in self._job.shards() if shard.number in wanted]
         waiting, done = deque(shards), {}
         scored: deque[Future[dict[str, Any]]] = deque()
-        with ThreadPoolExecutor(1, "rewards") as pool, closing(sample_shards(self._job.llm, self._job, shards)) as steps:
+        sampling = sample_shards(self._job.llm, self._job, shards)
+        with ThreadPoolExecutor(1, "rewards") as pool, closing(sampling) as steps:
             for _, whole in steps:
                 done.update({shard.number: outputs for shard, outputs in whole})
                 while waiting and waiting[0].number in done:

@@ -7,9 +7,17 @@ llm.generate("Once upon a time", SamplingParams(values={"kind": 2.0}, max_tokens
 from vas_engine.integrations.remote.errors import (
     EndpointAnswerError,
     EndpointError,
+    EndpointTimeoutError,
     EndpointUnavailableError,
     SpendLimitError,
 )
 from vas_engine.integrations.remote.llm import RemoteLLM
 
-__all__ = ["EndpointAnswerError", "EndpointError", "EndpointUnavailableError", "RemoteLLM", "SpendLimitError"]
+__all__ = [
+    "EndpointAnswerError",
+    "EndpointError",
+    "EndpointTimeoutError",
+    "EndpointUnavailableError",
+    "RemoteLLM",
+    "SpendLimitError",
+]

@@ -18,14 +18,15 @@ from vas_engine.errors import VASError
 from vas_engine.integrations.remote.errors import (
     EndpointAnswerError,
     EndpointError,
+    EndpointTimeoutError,
     EndpointUnavailableError,
     SpendLimitError,
 )
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 LONGEST_BACKOFF = 60.0
-LONGEST_RETRY_AFTER = 600.0
 TOKEN_ID = "token_id:"
+LLAMA_CPP = "me"  # what llama-cpp-python's server calls the owner of its models
 
 
 def _httpx() -> ModuleType:
@@ -44,6 +45,7 @@ class Limits:
         timeout: seconds for one answer.
         max_retries: further tries of a request after an answer that may be better next time.
         backoff: seconds before the first of them, doubled every time, with jitter; a Retry-After comes before it.
+        max_wait: longest Retry-After, in seconds, that is waited for; a longer one ends the request.
         concurrency: requests on their way at once, over one pool of connections.
         requests_per_second: a rate that is never exceeded; None is none.
         max_requests: ceiling of requests sent, further tries included; None is none.
@@ -54,6 +56,7 @@ class Limits:
     timeout: float = 60.0
     max_retries: int = 6
     backoff: float = 0.5
+    max_wait: float = 600.0
     concurrency: int = 8
     requests_per_second: float | None = None
     max_requests: int | None = None
@@ -92,12 +95,29 @@ class NextToken:
         ended: that token ends the text.
         top: the most probable tokens, best first.
         text: what the drawn token adds to the text.
+        read: tokens that the endpoint read for it, where it tells.
     """
 
     drawn: Alternative
     ended: bool
     top: list[Alternative]
     text: str = ""
+    read: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an endpoint says of itself.
+
+    Attributes:
+        id_fields: fields by which it is asked for token ids; None where it is not known to tell any.
+        silent_end: the end of a text is written as an alternative without text.
+        max_model_len: tokens that prompt and completion may have together; None is not known.
+    """
+
+    id_fields: dict[str, Any] | None = None
+    max_model_len: int | None = None
+    silent_end: bool = False
 
 
 class Endpoint:
@@ -138,18 +158,36 @@ class Endpoint:
     async def __aexit__(self, *exception: object) -> None:
         await self._client.aclose()
 
-    async def tells_ids(self) -> dict[str, Any] | None:
-        """Fields by which this server is asked for token ids; None where it is not known to have any."""
+    async def models(self) -> list[dict[str, Any]]:
+        """Cards of the models that are served.
+
+        Raises:
+            EndpointError: no answer, or no such list.
+        """
+        cards = (await self._send("GET", f"{self.base_url}/models")).get("data")
+        if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+            raise EndpointAnswerError(f"{self.base_url}/models: the answer is no list of models")
+        return cards
+
+    async def card(self) -> Card:
+        """What is known of the model; an endpoint without a list of models says nothing.
+
+        Raises:
+            EndpointUnavailableError: no answer.
+        """
         try:
-            models = (await self._send("GET", f"{self.base_url}/models")).get("data")
+            cards = await self.models()
         except EndpointUnavailableError:
             raise
         except EndpointError:
-            return None
-        owners = {m.get("owned_by") for m in models or [] if isinstance(m, dict)}
-        if "vas_engine" in owners:
-            return {"vas_return_candidates": 0}
-        return {"return_tokens_as_token_ids": True} if "vllm" in owners else None
+            return Card()
+        owners = {card.get("owned_by") for card in cards}
+        fields = {"vas_return_candidates": 0} if "vas_engine" in owners else None
+        if "vllm" in owners:
+            fields = {"return_tokens_as_token_ids": True}
+        named = next((card for card in cards if card.get("id") == self.model), {})
+        length = named.get("max_model_len")
+        return Card(fields, length if isinstance(length, int) else None, LLAMA_CPP in owners)
 
     async def next_token(
         self, prompt: str | list[int], count: int, seed: int, fields: Mapping[str, Any] | None = None
@@ -159,7 +197,7 @@ class Endpoint:
         Args:
             prompt: text or token ids.
             seed: of the endpoint's draw, below 2**31.
-            fields: see `tells_ids`.
+            fields: see `Card`.
 
         Raises:
             EndpointError: the endpoint refuses, does not answer, or answers without log-probabilities.
@@ -198,16 +236,18 @@ class Endpoint:
                     if response.status_code < 300:
                         return self._count(_parse(response))
                     error = _refused(url, response)
-                    wait = _retry_after(response)
+                    wait = error.retry_after
                 except EndpointAnswerError as broken:
                     error = broken
+                except httpx.TimeoutException:
+                    error = EndpointTimeoutError(f"{url}: no answer within {self.limits.timeout:g} s")
                 except httpx.TransportError as gone:
                     name = type(gone).__name__
                     error = EndpointUnavailableError(f"{url}: no answer ({name}: {gone}); is it running there?")
                 except httpx.HTTPError as wrong:
                     raise EndpointError(f"{url}: {wrong}") from wrong
             final = type(error) is EndpointError or attempt == self.limits.max_retries
-            if final or (wait is not None and wait > LONGEST_RETRY_AFTER):
+            if final or (wait is not None and wait > self.limits.max_wait):
                 error.add_note(f"tries: {attempt + 1}" + (f"; it asks to wait {wait:.0f} s" if wait else ""))
                 raise error
             self.spent.retries += 1
@@ -261,7 +301,7 @@ def _refused(url: str, response: Any) -> EndpointError:
         told = response.text[:200]
     message = f"{url}: {response.status_code} {response.reason_phrase}: {told}"
     kind = EndpointUnavailableError if response.status_code in RETRIED else EndpointError
-    return kind(message, response.status_code)
+    return kind(message, response.status_code, str(told), _retry_after(response))
 
 
 def _retry_after(response: Any) -> float | None:
@@ -283,17 +323,19 @@ def _read(answer: Mapping[str, Any]) -> NextToken:
     choice = answer["choices"][0]
     ended = choice.get("finish_reason") == "stop"
     logprobs = choice["logprobs"]
+    read = answer["usage"].get("prompt_tokens") if isinstance(answer.get("usage"), dict) else None
     told = (choice.get("vas") or {}).get("candidates")
     if told:
         # This engine's own: the drawn token first, then the most probable others.
         tokens = [Alternative(t["token"] or "", _logprob(t["logprob"]), t["id"]) for t in told[0]]
-        return NextToken(tokens[0], ended, _best(tokens), choice["text"])
+        return NextToken(tokens[0], ended, _best(tokens), choice["text"], read)
     if not logprobs["tokens"] and ended:  # the end of the text goes without a token of its own
         top = logprobs["top_logprobs"] or [{}]
-        return NextToken(Alternative("", -math.inf), True, _best([_alternative(*pair) for pair in top[0].items()]))
+        best = _best([_alternative(*pair) for pair in top[0].items()])
+        return NextToken(Alternative("", -math.inf), True, best, read=read)
     drawn = _alternative(logprobs["tokens"][0], logprobs["token_logprobs"][0])
     top = {_alternative(*pair) for pair in logprobs["top_logprobs"][0].items()}
-    return NextToken(drawn, ended, _best([*top]), choice["text"])
+    return NextToken(drawn, ended, _best([*top]), choice["text"], read)
 
 
 def _alternative(text: str, logprob: Any) -> Alternative:

@@ -22,7 +22,7 @@ class Journal:
         settings: of the run: what has to be the same for its tokens to be continued.
 
     Attributes:
-        steps: key of a sequence -> its steps so far, in order.
+        steps: key of a sequence -> its steps when the run began, in order.
 
     Raises:
         InvalidArgumentError: no journal, or one of other settings.
@@ -41,9 +41,13 @@ class Journal:
         if not whole:
             self._write({"version": VERSION, "settings": settings})
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
+
     def add(self, key: str, step: dict[str, Any]) -> None:
         """Keeps a step: it is with the system when this returns, on disk when a sequence has ended."""
-        self.steps.setdefault(key, []).append(step)
         self._write({"key": key, **step})
         if self._file is not None and "finish_reason" in step:
             os.fsync(self._file.fileno())

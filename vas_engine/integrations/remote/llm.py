@@ -11,7 +11,7 @@ import math
 import random
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from vas_engine import arguments
 from vas_engine.engine.detokenizer import StopMatcher
+from vas_engine.engine.output import Pieces
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.integrations.remote.endpoint import TOKEN_ID, Alternative, Endpoint, Limits, NextToken, Spent
 from vas_engine.integrations.remote.errors import EndpointAnswerError
 from vas_engine.integrations.remote.journal import Journal
 from vas_engine.integrations.remote.values import Source, TextValues
-from vas_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vas_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt, read_prompts
 from vas_engine.sampling import fork_seed, gumbel_noise
@@ -38,10 +39,11 @@ END_TEXTS = frozenset(
 )
 # Fields of SamplingParams that mean something here; the rest shape the base distribution inside the endpoint's model.
 _SHAPE = ("n", "temperature", "seed", "max_tokens", "stop", "include_stop_str_in_output", "prune", "report_kl")
-_USED = {*_SHAPE, "values", "num_candidates", "tail", "baseline", "tilt", "advantage_clip"}
+_USED = {*_SHAPE, "logprobs", "values", "num_candidates", "tail", "baseline", "tilt", "advantage_clip"}
 _PIECES = ("bytes:", "<0x")
 _DECISION = 2**31 - 1  # stands for a token id in the noise of the decision between candidates and tail
 MAX_TAIL_DRAWS = 200
+MAX_END_DRAWS = 50
 BANNED = -100.0
 
 
@@ -61,11 +63,12 @@ class RemoteLLM:
             engine's, vLLM), sequences are continued as ids: exact. Without it they are continued as text.
         value_tokenizers: {name: folder} of the values' tokenizers; default: in the value's folder, then `tokenizer`.
         api_key: sent as a bearer token.
+        max_model_len: tokens that prompt and completion may have together; default: what the endpoint says.
         extra_body: fields of every request, such as {"top_k": 0, "min_p": 0} for a server with such defaults.
         state_file: a journal of every token, from which a run that ended early goes on.
         seed: makes requests without a seed of their own repeatable.
-        limits: fields of Limits: timeout, max_retries, backoff, concurrency, requests_per_second, max_requests,
-            max_spent_tokens.
+        limits: fields of Limits: timeout, max_retries, backoff, max_wait, concurrency, requests_per_second,
+            max_requests, max_spent_tokens.
 
     Raises:
         VASError: an argument or a value that cannot work.
@@ -80,6 +83,7 @@ class RemoteLLM:
         tokenizer: Any | None = None,
         value_tokenizers: Mapping[str, Any] | None = None,
         api_key: str | None = None,
+        max_model_len: int | None = None,
         extra_body: Mapping[str, Any] | None = None,
         state_file: str | Path | None = None,
         seed: int | None = None,
@@ -93,6 +97,9 @@ class RemoteLLM:
         self.tokenizer = None if tokenizer is None else load_tokenizer(None, tokenizer, None, required=True)
         self.values = TextValues(values or {}, value_tokenizers, self.tokenizer)
         self.limits = _read_limits(limits)
+        if max_model_len is not None:
+            arguments.integer("max_model_len", max_model_len, 2)
+        self.max_model_len = max_model_len
         self.spent = Spent()
         self._api_key, self._extra, self._state_file = api_key, dict(extra_body or {}), state_file
         # A journal can only be gone on with if the same seeds come again.
@@ -119,11 +126,12 @@ class RemoteLLM:
         """Completes prompts, all at once over one pool of connections.
 
         Args: as of `LLM.generate`. `max_tokens` has to be set, for every token is a request. Of SamplingParams, n,
-            temperature, seed, max_tokens, stop and what guides are honoured; the rest is refused by name. The
-            temperature is 0, 1, or with tail="drop" any.
+            temperature, seed, max_tokens, stop, logprobs and what guides are honoured; the rest is refused by name.
+            The temperature is 0, 1, or with tail="drop" any.
 
         Returns:
-            One output a prompt; `kl` is the exact KL(pi || pi0) of the steps in nats.
+            One output a prompt; `kl` is the exact KL(pi || pi0) of the steps in nats. Where the endpoint tells no ids,
+            `token_ids` are -1 and the other entries of `logprobs` go by -2, -3 and so on.
 
         Raises:
             InvalidArgumentError: before any request. VASError: with on_error="raise", the first request's error, when
@@ -152,7 +160,7 @@ class RemoteLLM:
                 raise InvalidArgumentError(
                     name, value, "an endpoint's base distribution is taken as it is; leave it out"
                 )
-        if params.max_tokens is None:
+        if params.max_tokens is None and self.max_model_len is None:
             raise InvalidArgumentError("max_tokens", None, "every token is a request; say how many there may be")
         if params.temperature not in (0.0, 1.0) and params.tail == "keep":
             fix = "the tail cannot be drawn at another temperature than 1; use tail='drop', or temperature 0 or 1"
@@ -168,14 +176,18 @@ class RemoteLLM:
             async with Endpoint(
                 self.base_url, self.model, self._api_key, self.limits, self._extra, self.spent
             ) as endpoint:
-                fields = await endpoint.tells_ids() if self.tokenizer is not None else None
-                session = Session(self, endpoint, journal, fields)
+                session = Session(self, endpoint, journal)
                 try:
                     yield session
                 finally:
-                    session.close()
+                    await session.close()
         finally:
             journal.close()
+
+    async def models(self) -> list[str]:
+        """Names of the models that the endpoint lists; raises EndpointError without such a list."""
+        async with Endpoint(self.base_url, self.model, self._api_key, self.limits, self._extra) as endpoint:
+            return [str(card.get("id")) for card in await endpoint.models()]
 
     async def _generate(
         self, prompts: list[Prompt], params: list[SamplingParams], use_tqdm: bool
@@ -183,9 +195,10 @@ class RemoteLLM:
         bar = tqdm(total=sum(p.max_tokens or 0 for p in params), disable=not use_tqdm, unit="token", desc="generate")
 
         async def run(session: Session, index: int) -> RequestOutput:
-            output = None
+            output, known = None, 0
             async for output in session.stream(prompts[index], params[index], index):
-                bar.update(sum(len(c.delta_token_ids) for c in output.outputs))
+                bar.update(output.metrics.generated_tokens - known)
+                known = output.metrics.generated_tokens
             assert output is not None
             return output
 
@@ -197,21 +210,45 @@ class RemoteLLM:
 class Session:
     """Completions in flight, in one event loop.
 
-    Args:
-        id_fields: how the endpoint is asked for token ids; None continues texts.
+    Attributes:
+        id_fields: how the endpoint is asked for token ids; None continues texts. Known when it has told its card.
+        pieces: texts of single tokens, by id.
     """
 
-    def __init__(self, llm: RemoteLLM, endpoint: Endpoint, journal: Journal, id_fields: dict[str, Any] | None) -> None:
-        self.llm, self.endpoint, self.journal, self.id_fields = llm, endpoint, journal, id_fields
+    def __init__(self, llm: RemoteLLM, endpoint: Endpoint, journal: Journal) -> None:
+        self.llm, self.endpoint, self.journal = llm, endpoint, journal
+        self.id_fields: dict[str, Any] | None = None
+        self.pieces = Pieces(llm.tokenizer)
         self._scoring = ThreadPoolExecutor(1, "values")
+        self._meeting: asyncio.Task[None] | None = None
         self._keys: dict[str, int] = {}
 
-    async def stream(self, prompt: Prompt, params: SamplingParams, index: int = 0) -> AsyncIterator[RequestOutput]:
+    def meet(self) -> asyncio.Task[None]:
+        """Has the endpoint tell what it is: once, and anew if that failed."""
+        if self._meeting is None or (self._meeting.done() and self._meeting.exception()):
+            self._meeting = asyncio.create_task(self._meet())
+        return self._meeting
+
+    async def _meet(self) -> None:
+        card = await self.endpoint.card()
+        self.id_fields = card.id_fields if self.llm.tokenizer is not None else None
+        self.llm.max_model_len = self.llm.max_model_len or card.max_model_len
+        if card.silent_end:
+            self.llm._ends.add("")
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, index: int = 0, deadline: float | None = None
+    ) -> AsyncGenerator[RequestOutput]:
         """A request's output whenever it has grown; the same object each time, its error in `error`.
 
         Args:
             index: place of the prompt, from which requests without a seed get theirs.
+            deadline: time of the monotonic clock at which the request ends with what it has.
+
+        Raises:
+            InvalidArgumentError: what cannot work. EndpointUnavailableError: the endpoint was never reached.
         """
+        await asyncio.shield(self.meet())
         self.llm.check(params)
         seed = params.seed
         if seed is None:
@@ -220,11 +257,14 @@ class Session:
         completions = [CompletionOutput(i, seed=fork_seed(seed, i), kl=0.0) for i in range(params.n)]
         for completion in completions:
             completion.values = {name: [] for name in params.values or ()}
+            completion.logprobs = None if params.logprobs is None else []
         metrics = RequestMetrics(arrival=time.monotonic(), prompt_tokens=len(ids or ()))
         output = RequestOutput(str(index), prompt.text, ids or [], completions, metrics=metrics)
         grown: asyncio.Queue[CompletionOutput] = asyncio.Queue()
         runs = [
-            asyncio.create_task(self._complete(_Text(self, text, ids, params, completion, metrics), output, grown))
+            asyncio.create_task(
+                self._complete(_Text(self, text, ids, params, completion, metrics), output, grown, deadline)
+            )
             for completion in completions
         ]
         try:
@@ -244,21 +284,30 @@ class Session:
         if prompt.text is None and tokenizer is None:
             raise InvalidArgumentError("prompt", prompt.token_ids, "token ids need the endpoint's tokenizer")
         text = prompt.text if prompt.text is not None else tokenizer.decode(prompt.token_ids)
+        if self.id_fields is None and tokenizer is not None:
+            text = _without_start(text, tokenizer)
         if not text:
             raise InvalidArgumentError("prompt", text, "is empty; give some text")
         return text, prompt.encode(tokenizer) if self.id_fields is not None else None
 
-    async def _complete(self, text: _Text, output: RequestOutput, grown: asyncio.Queue[CompletionOutput]) -> None:
+    async def _complete(
+        self, text: _Text, output: RequestOutput, grown: asyncio.Queue[CompletionOutput], deadline: float | None
+    ) -> None:
         """One completion to its end."""
         try:
             for step in self.journal.steps.get(text.key, []):
                 text.take(step)
                 grown.put_nowait(text.output)
-            while not text.output.finished:
-                step = await text.next_step()
-                self.journal.add(text.key, step)
-                text.take(step)
-                grown.put_nowait(text.output)
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            async with asyncio.timeout(left):
+                while not text.output.finished:
+                    step = await text.next_step()
+                    self.journal.add(text.key, step)
+                    text.take(step)
+                    grown.put_nowait(text.output)
+        except TimeoutError:
+            text.end("length", "deadline")
+            grown.put_nowait(text.output)
         except Exception as error:  # whatever it is: it is this request's, and its text so far is kept
             output.error = output.error or error
             text.output.finish_reason = "error"
@@ -266,11 +315,15 @@ class Session:
         finally:
             self._scoring.submit(self.llm.values.forget, text.key)
 
-    def close(self) -> None:
-        self._scoring.shutdown()
+    async def close(self) -> None:
+        if self._meeting is not None:
+            self._meeting.cancel()
+            await asyncio.gather(self._meeting, return_exceptions=True)
+        self._scoring.shutdown(cancel_futures=True)
 
-    def unique(self, key: str) -> str:
-        """The key of a sequence; equal requests count."""
+    def unique(self, plan: Any) -> str:
+        """The key of a sequence: what it is to be, and how many of the kind there were before in this run."""
+        key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:32] if self.journal.kept else ""
         self._keys[key] = self._keys.get(key, -1) + 1
         return f"{key}.{self._keys[key]}"
 
@@ -298,14 +351,15 @@ class _Text:
         self.ids = None if ids is None else list(ids)
         self.position = 0
         self.stops = StopMatcher(tuple(params.stop or ()), params.include_stop_str_in_output)
-        plan = [text, ids, params.to_dict() | {"seed": output.seed, "n": 1}]
-        self.key = session.unique(hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:32])
+        self.key = session.unique([text, ids, params.to_dict() | {"seed": output.seed, "n": 1}])
 
     async def next_step(self) -> dict[str, Any]:
         """Draws a token: what the journal keeps of it."""
         params, seed = self.params, self.output.seed or 0
         fresh = fork_seed(fork_seed(seed, 1), self.position)
         found = await self._ask(fresh)
+        if found.ended and not found.top:
+            found = await self._ask_before_the_end(found, fresh)
         candidates = self._candidates(found)
         if not candidates:
             raise EndpointAnswerError("none of the most probable tokens is whole text; give the endpoint's tokenizer")
@@ -323,22 +377,23 @@ class _Text:
         place: int | None = int(np.argmax(steps.scores + (noise if params.temperature else 0.0)))
         drawn = candidates[place]  # type: ignore[index]
         if params.tail == "keep" and not params.temperature:
-            best_of_tail = found.top[params.num_candidates :][:1]
-            if best_of_tail and best_of_tail[0].logprob > steps.scores.max():
-                drawn, place = best_of_tail[0], None
+            best_of_tail = await self._best_outside(found, float(steps.scores.max()), fresh)
+            if best_of_tail is not None:
+                drawn, place = best_of_tail, None
         elif params.tail == "keep":
             names = {_name(c) for c in candidates}
             outside = _name(found.drawn) not in names
             decision = float(np.exp(-np.exp(-gumbel_noise(seed, self.position, np.array([_DECISION]))[0])))
             if decision < steps.tail_chance(outside):
                 drawn, place = await self._draw_outside(found, names, fresh, steps.tail_log_mass), None
-        return self._step(drawn, place, steps, values)
+        step = self._step(drawn, place, found, steps, values)
+        if params.logprobs is not None:
+            step["top"] = self._alternatives(drawn, found.top, candidates, steps, values, step)
+        return step
 
-    async def _ask(self, seed: int, bias: Mapping[str, float] | None = None) -> NextToken:
+    async def _ask(self, seed: int, bias: Mapping[str, float] | None = None, more: int = 0) -> NextToken:
         prompt = self.ids if self.ids is not None else self.text
-        params = self.params
-        # The greedy choice is between the candidates and the best of the others.
-        count = params.num_candidates + (params.tail == "keep" and not params.temperature)
+        count = max(self.params.num_candidates + more, self.params.logprobs or 0)
         fields = {**(self.session.id_fields or {}), **({"logit_bias": bias} if bias else {})}
         found = await self.session.endpoint.next_token(prompt, count, seed % 2**31, fields)
         if not found.ended:
@@ -357,6 +412,16 @@ class _Text:
         # An end that goes without a token of its own may stand among the alternatives.
         end = next((c for c in found.top if self._ends(c)), found.drawn)
         return found if math.isfinite(found.drawn.logprob) else dataclasses.replace(found, drawn=end)
+
+    async def _ask_before_the_end(self, found: NextToken, seed: int) -> NextToken:
+        """A draw of the end that came without alternatives (llama.cpp), with those of a draw of something else."""
+        self.session.llm._ends.add("")
+        for attempt in range(1, MAX_END_DRAWS):
+            again = await self._ask(fork_seed(seed, attempt))
+            if again.top:
+                end = next((c for c in again.top if self._ends(c)), found.drawn)
+                return dataclasses.replace(again, drawn=end, ended=True)
+        return dataclasses.replace(found, top=[Alternative("", 0.0)])  # next to nothing else comes
 
     def _candidates(self, found: NextToken) -> list[Alternative]:
         """The most probable tokens that can be continued."""
@@ -389,6 +454,16 @@ class _Text:
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         return self.prompt + whole[len(start) :].rstrip("\ufffd")
 
+    async def _best_outside(self, found: NextToken, score: float, seed: int) -> Alternative | None:
+        """The most probable token of the tail, if it is more probable than `score`."""
+        best = found.top[: self.params.num_candidates]
+        if best[-1].logprob <= score:  # the tail's are below it
+            return None
+        # Asked for only now: as many candidates as servers usually show are then not one too many.
+        shown = found.top[len(best) :] or (await self._ask(seed, more=1)).top[len(best) :]
+        outside = next((token for token in shown if self._usable(token)), None)
+        return outside if outside is not None and outside.logprob > score else None
+
     async def _draw_outside(self, found: NextToken, names: set[Any], seed: int, tail_log_mass: float) -> Alternative:
         """A token of the tail, drawn by the endpoint."""
         if self.ids is not None and (_name(found.drawn) in names or found.drawn.id is None):
@@ -405,9 +480,15 @@ class _Text:
             f"{MAX_TAIL_DRAWS} draws met no token besides the candidates; use tail='drop', or give the tokenizer"
         )
 
-    def _step(self, drawn: Alternative, place: int | None, policy: _Policy, values: np.ndarray) -> dict[str, Any]:
+    def _step(
+        self, drawn: Alternative, place: int | None, found: NextToken, policy: _Policy, values: np.ndarray
+    ) -> dict[str, Any]:
         ended = self._ends(drawn) or not math.isfinite(drawn.logprob)
-        length = self.position + 1 >= (self.params.max_tokens or 0)
+        context = self.session.llm.max_model_len
+        read = found.read if self.ids is None else len(self.ids)
+        self.metrics.prompt_tokens = self.metrics.prompt_tokens or found.read or 0
+        length = self.position + 1 == self.params.max_tokens
+        full = context is not None and read is not None and read + 1 >= context
         step: dict[str, Any] = {"text": self._text_of(drawn), "id": drawn.id}
         step["logprob"] = drawn.logprob if math.isfinite(drawn.logprob) else policy.tail_log_mass
         gained = 0.0 if place is None else float(policy.tilt[place])
@@ -418,9 +499,46 @@ class _Text:
             step["state"] = dict(zip(names, values[0].tolist(), strict=True))
             if place is not None:
                 step["values"] = dict(zip(names, values[1 + place].tolist(), strict=True))
-        if ended or length:
+        if ended or length or full:
             step["finish_reason"] = "stop" if ended else "length"
         return step
+
+    def _alternatives(
+        self,
+        drawn: Alternative,
+        top: list[Alternative],
+        candidates: list[Alternative],
+        policy: _Policy,
+        values: np.ndarray,
+        step: Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """The drawn token, then the most probable ones in order, as `Logprob` has them."""
+        names = self.session.llm.value_names if values.shape[1] else []
+        places = {_name(c): place for place, c in enumerate(candidates)}
+        outside = -policy.log_z if self.params.tail == "keep" else -math.inf
+        ranks = {_name(token): rank for rank, token in enumerate(top[: self.params.logprobs], start=1)}
+        records = []
+        for token in (drawn, *(t for t in top[: self.params.logprobs] if _name(t) != _name(drawn))):
+            place = places.get(_name(token))
+            record: dict[str, Any] = {"token": self._piece(token), "id": token.id, "rank": ranks.get(_name(token))}
+            record["logprob"] = token.logprob
+            record["tilted_logprob"] = token.logprob + outside
+            if place is not None:
+                record["tilted_logprob"] = float(policy.scores[place] - policy.log_z)
+                record["values"] = dict(zip(names, values[1 + place].tolist(), strict=bool(names)))
+            records.append(record)
+        records[0] |= {name: step[name] for name in ("logprob", "tilted_logprob")}
+        return records
+
+    def _piece(self, token: Alternative) -> str | None:
+        return token.text if token.id is None else self.session.pieces[token.id]
+
+    def end(self, reason: str, stop_reason: str | None = None) -> None:
+        """Ends the completion with what it has."""
+        more = self.stops.flush()
+        self.output.text += more
+        self.output.delta_text += more
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
 
     def take(self, step: Mapping[str, Any]) -> None:
         """Adds a token to the output."""
@@ -446,14 +564,33 @@ class _Text:
             series.append(step.get("values", {}).get(name, math.nan))
             if len(series) > 1 and math.isnan(series[-2]) and "state" in step:
                 series[-2] = step["state"][name]
+        if output.logprobs is not None:
+            output.logprobs.append(_logprobs(step["top"]))
         more = self.stops.push(step["text"])
+        output.text += more
+        output.delta_text += more
         if self.stops.matched is not None:
             output.finish_reason, output.stop_reason = "stop", self.stops.matched
         elif "finish_reason" in step:
-            more += self.stops.flush()
-            output.finish_reason = step["finish_reason"]
-        output.text += more
-        output.delta_text += more
+            self.end(step["finish_reason"])
+
+
+def _logprobs(top: Sequence[Mapping[str, Any]]) -> dict[int, Logprob]:
+    """A step's alternatives by token id, the drawn one first; what has no id goes by -1 (drawn), -2, -3 ..."""
+    return {
+        -1 - place if record["id"] is None else record["id"]: Logprob(
+            record["logprob"], record["tilted_logprob"], record["rank"], record["token"], record.get("values", {})
+        )
+        for place, record in enumerate(top)
+    }
+
+
+def _without_start(text: str, tokenizer: Any) -> str:
+    """A text without the token at its start that an endpoint puts there itself, when it encodes the text."""
+    start = tokenizer.bos_token
+    if start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text[len(start) :]
+    return text
 
 
 def _name(token: Alternative) -> int | str:
@@ -510,8 +647,8 @@ def _read_limits(limits: Mapping[str, Any]) -> Limits:
             raise InvalidArgumentError(name, value, "must be a number")
         if value is None:
             continue
-        if name in ("timeout", "backoff", "requests_per_second"):
-            arguments.real(name, value, 0.0, above_low=name != "backoff")
+        if name in ("timeout", "backoff", "max_wait", "requests_per_second"):
+            arguments.real(name, value, 0.0, above_low=name not in ("backoff", "max_wait"))
         else:
             arguments.integer(name, value, 0 if name == "max_retries" else 1)
     return Limits(**limits)

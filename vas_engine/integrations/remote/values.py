@@ -17,6 +17,7 @@ from vas_engine.model.fingerprint import vocabulary_hash
 from vas_engine.params import SamplingParams
 from vas_engine.tokenizer import load_tokenizer
 from vas_engine.values.artifact import BACKBONE_FOLDER
+from vas_engine.values.config import HeadConfig
 from vas_engine.values.value_model import ValueModel
 
 Source = str | Path | ValueModel
@@ -62,6 +63,12 @@ class TextValues:
     @property
     def names(self) -> list[str]:
         return self.values.names
+
+    @property
+    def heads(self) -> dict[str, HeadConfig]:
+        """The head behind each name."""
+        heads = [head for model in self.values.models.values() for head in model.config.heads]
+        return dict(zip(self.names, heads, strict=True))
 
     def tilt(
         self,

@@ -85,9 +85,14 @@ export class Completion {
 export function common(one, other) {
   const shorter = Math.min(one.tokens.length, other.tokens.length);
   for (let i = 0; i < shorter; i++) {
-    if (one.tokens[i].candidates[0].id !== other.tokens[i].candidates[0].id) return i;
+    if (identity(one.tokens[i]) !== identity(other.tokens[i])) return i;
   }
   return shorter;
+}
+
+/** A token's id; its text where the server knows no ids. */
+function identity({ candidates: [drawn] }) {
+  return drawn.id ?? drawn.token;
 }
 
 function difference(after, before) {

@@ -39,7 +39,8 @@ async function connect() {
     return;
   }
   say();
-  byId("model").textContent = `${card.id}, ${card.max_model_len.toLocaleString("en")} tokens of context`;
+  const context = card.max_model_len && `${card.max_model_len.toLocaleString("en")} tokens of context`;
+  byId("model").textContent = [card.id, context].filter(Boolean).join(", ");
   byId("access").open = false;
   const before = weights?.read();
   const names = card.vas_values;
@@ -47,7 +48,7 @@ async function connect() {
   if (before) weights.write(before);
   else weights.write(Object.fromEntries(weights.values.slice(0, 1).map(({ name, unit }) => (
     [name, Number((FIRST_STRENGTH / unit).toPrecision(3))]))));
-  byId("max-tokens").max = card.max_model_len;
+  byId("max-tokens").max = card.max_model_len ?? "";
   byId("no-values").hidden = names.length > 0;
   for (const id of ["guided", "key-to-colours", "share"]) byId(id).hidden = names.length === 0;
   offerProfiles(profiles);
