@@ -222,6 +222,7 @@ def test_pieces_of_single_tokens():
     assert (pieces[97], pieces[32]) == ("a", " ")
     assert pieces[0xE2] == TOKENIZER.convert_ids_to_tokens(0xE2)
     assert Pieces(None)[97] is None
+    assert pieces[-1] is None
 
 
 def test_json_is_plain():

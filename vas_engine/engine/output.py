@@ -136,14 +136,15 @@ class OutputFront:
 
 
 class Pieces:
-    """Texts of single tokens, remembered; `pieces[token_id]` is None without a tokenizer."""
+    """Texts of single tokens, remembered; `pieces[token_id]` is None without a tokenizer, and for ids below 0, which
+    stand for tokens whose ids are not known."""
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokenizer = tokenizer
         self._known: dict[int, str] = {}
 
     def __getitem__(self, token: int) -> str | None:
-        if self.tokenizer is None:
+        if self.tokenizer is None or token < 0:
             return None
         if token not in self._known:
             self._known[token] = _piece(self.tokenizer, token)
