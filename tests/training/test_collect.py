@@ -124,7 +124,7 @@ def test_beginnings_are_scored_too(llm, rewards, reference, tmp_path):
         assert row.partial_rewards["vader"] == pytest.approx(expected)
     table = parts.partial_rewards(["length", "vader"])
     assert table.shape == (18, 2, 2)
-    assert parts.part_tokens == 3
+    assert parts.header.part_tokens == 3
     short = [len(row.response_ids) <= 6 for row in parts]
     assert table[:, 1, 0].isnan().tolist() == short
     with pytest.raises(InvalidArgumentError, match="partial_rewards"):

@@ -125,7 +125,8 @@ class _Policy:
         counts = [len(tokens) - length + 1 for tokens, length in texts]
         row = np.repeat(np.arange(len(texts)), counts)
         place = np.concatenate([np.arange(length - 1, len(tokens)) for tokens, length in texts])
-        final = self.base_states(batch)[torch.from_numpy(row), torch.from_numpy(place)]
+        self.base.take(batch)
+        final = self.base.final_states(batch)[torch.from_numpy(row), torch.from_numpy(place)]
         logits = self.lm.logits(final)
         selection, tilt = self.tilted(batch, row, place, logits)
         winners = choose(selection, tilt)
@@ -156,11 +157,6 @@ class _Policy:
             totals = sum_inner + log_prob(np.full(len(ends), last), ends)
             for (number, token), total in zip(wanted, totals, strict=True):
                 yield number, Likelihood(float(total), greedy and bool(winners.token_id[last] == token))
-
-    def base_states(self, batch: Batch) -> torch.Tensor:
-        """Final hidden states [B, T, H]."""
-        self.base.take(batch)
-        return self.base.dense(batch.token_ids, batch.lengths).last_hidden
 
     def tilted(
         self, batch: Batch, row: np.ndarray, place: np.ndarray, logits: torch.Tensor

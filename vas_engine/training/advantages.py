@@ -40,10 +40,7 @@ class Candidates:
     def find(cls, base: FrozenBase, batch: Batch, generator: torch.Generator) -> Candidates:
         """Draw states of the batch that the base has taken."""
         places, exist = batch.draw(STATES, generator)
-        final = base.final_states(batch)
-        final = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
-        # Logits are made in inference mode; a copy is an ordinary tensor again.
-        logits = base.logits(final.flatten(0, 1)).clone().unflatten(0, places.shape)
+        logits = base.logits_at(batch, places)
         best = logits.double().softmax(-1).topk(min(CANDIDATES, logits.shape[-1]), -1)
         return cls(Branches(places, best.indices), best.values, exist)
 

@@ -124,6 +124,14 @@ class FrozenBase:
         return self._lm.dense(batch.token_ids, batch.lengths).last_hidden if found is None else found
 
     @torch.no_grad()
+    def logits_at(self, batch: Batch, places: torch.Tensor) -> torch.Tensor:
+        """Logits at places int64 [B, P] of the batch that is worked on: float32 [B, P, V]."""
+        final = self.final_states(batch)
+        final = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
+        # Logits are made in inference mode; a copy is an ordinary tensor again.
+        return self._lm.logits(final.flatten(0, 1)).float().clone().unflatten(0, places.shape)
+
+    @torch.no_grad()
     def _run(self, token_ids: torch.Tensor, lengths: torch.Tensor | None, branches: Branches | None) -> DenseOutput:
         return self._lm.dense(token_ids, lengths, self._states, self._layers, branches=branches)
 

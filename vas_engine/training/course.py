@@ -55,7 +55,7 @@ class Course:
         generator = torch.Generator().manual_seed(config.seed)
         self.plans = [plan_batches(self.lengths, train, config.batch_tokens, generator) for _ in range(config.epochs)]
         self.heldout_plan = plan_batches(self.lengths, heldout, config.batch_tokens)
-        self._judged: list[tuple[list[int], Candidates]] = []
+        self._judged: list[tuple[Batch, Candidates]] = []
         self.before, self.started = 0.0, time.monotonic()
 
     @property
@@ -161,14 +161,13 @@ class Course:
         return [Advantages(self.rollouts, trainee.rewards) for trainee in self.trainees]
 
     def _judge(self, judges: Sequence[Advantages]) -> None:
-        for indices, candidates in self._cases():
-            batch = self._batch(indices)
+        for batch, candidates in self._cases():
             self.base.take(batch)
             for trainee, judge in zip(self.trainees, judges, strict=True):
                 with trainee.judged():
                     judge.add(self.base, trainee.network, batch.rewarded(trainee.rewards), candidates)
 
-    def _cases(self) -> list[tuple[list[int], Candidates]]:
+    def _cases(self) -> list[tuple[Batch, Candidates]]:
         """Held-out responses and candidates in them, the same ones for all networks and epochs."""
         if not self._judged:
             step = max(len(self.heldout) // JUDGED_RESPONSES, 1)
@@ -179,7 +178,7 @@ class Course:
             for indices in plan_batches(sizes, chosen, self.config.batch_tokens):
                 batch = self._batch(indices)
                 self.base.take(batch)
-                self._judged.append((indices, Candidates.find(self.base, batch, generator)))
+                self._judged.append((batch, Candidates.find(self.base, batch, generator)))
         return self._judged
 
     def _compared(self, trainee: Trainee, lesson: Lesson, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,24 +52,27 @@ class Critic(nn.Module):
         network: whose values are trained.
         rollouts: with partial rewards.
         rewards: names of the rewards of its heads, M of them.
+        seed: of the initial weights.
 
     Attributes:
         every: tokens from one partial reward to the next.
         partial: float32 [rollouts, parts, M], in standard deviations from the mean like all that the critic says.
     """
 
-    def __init__(self, network: Any, rollouts: Rollouts, rewards: list[str]) -> None:
+    def __init__(self, network: Any, rollouts: Rollouts, rewards: list[str], seed: int = 0) -> None:
         super().__init__()
         whole = rollouts.rewards(rewards)
         device = next(network.heads.parameters()).device
         self.mean, self.std = (moment.float().to(device) for moment in (whole.mean(0), whole.std(0)))
-        self.every = rollouts.part_tokens
+        self.every = rollouts.header.part_tokens
         self.partial = (rollouts.partial_rewards(rewards) - self.mean.cpu()) / self.std.cpu()
         self.longest = float(rollouts.header.settings["max_tokens"])
         width, count = network.heads.width, len(rewards)
-        self.hidden = nn.Linear(width + 2 * count + 1, HIDDEN)
-        self.output = nn.Linear(HIDDEN, count)
-        self.guess = nn.Linear(width, count)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hidden = nn.Linear(width + 2 * count + 1, HIDDEN)
+            self.output = nn.Linear(HIDDEN, count)
+            self.guess = nn.Linear(width, count)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         self.to(device)

@@ -78,10 +78,7 @@ class Teacher:
     def teach(self, batch: Batch, generator: torch.Generator) -> Lesson:
         """Draw states of the batch, take the base model's best candidates there, and value all of it."""
         places, exist = batch.draw(self.config.teacher_positions, generator)
-        final = self.base.final_states(batch)
-        final = final.gather(1, places[..., None].expand(-1, -1, final.shape[-1]))
-        # Logits are made in inference mode; a copy is an ordinary tensor again.
-        logits = self.base.logits(final.flatten(0, 1)).float().clone().unflatten(0, places.shape)
+        logits = self.base.logits_at(batch, places)
         best = logits.topk(min(self.config.teacher_candidates, logits.shape[-1]), -1)
         weights = torch.softmax(best.values / self.config.teacher_temperature, -1) * exist[..., None]
         branches = Branches(places, best.indices)

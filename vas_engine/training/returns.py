@@ -46,16 +46,17 @@ def lambda_returns(
             raise InvalidArgumentError(name, factor, "give a number from 0 to 1")
     returns = torch.zeros_like(values)
     following = bootstrap = torch.zeros_like(rewards)
+    trusted = None
     for position in range(values.shape[1] - 1, -1, -1):
         if lam < 1.0:
             mixed = (1.0 - lam) * bootstrap + lam * following
-            trusted = None if known is None else known[:, min(position + 1, values.shape[1] - 1), None]
             following = mixed if trusted is None else torch.where(trusted, mixed, following)
         # Where an episode ends its reward is known: it takes the place of the prediction. Beyond that nothing
         # holds.
         ends, beyond = (last == position)[:, None], (last < position)[:, None]
         following = torch.where(ends, rewards, torch.where(beyond, torch.zeros_like(rewards), gamma * following))
         bootstrap = torch.where(ends, rewards, values[:, position])
+        trusted = None if known is None else known[:, position, None]
         returns[:, position] = following
     return returns.detach()
 

@@ -84,6 +84,11 @@ class Header:
     policy: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
+    @property
+    def part_tokens(self) -> int:
+        """Tokens from one partial reward to the next; 0 where there are none."""
+        return int(self.settings.get("partial_rewards", 0))
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -101,11 +106,6 @@ class Rollouts:
     @property
     def reward_names(self) -> list[str]:
         return list(self.header.rewards)
-
-    @property
-    def part_tokens(self) -> int:
-        """Tokens from one partial reward to the next; 0 where there are none."""
-        return int(self.header.settings.get("partial_rewards", 0))
 
     def partial_rewards(self, names: Sequence[str]) -> torch.Tensor:
         """Return the partial rewards named, float32 [rollouts, parts, names]; NaN behind a response's end.
@@ -234,7 +234,7 @@ def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
     }
     for name in header.rewards:
         columns[REWARD_PREFIX + name] = pa.array([r.rewards[name] for r in rollouts], pa.float64())
-        if header.settings.get("partial_rewards"):
+        if header.part_tokens:
             parts = [(r.partial_rewards or {})[name] for r in rollouts]
             columns[PARTIAL_PREFIX + name] = pa.array(parts, pa.list_(pa.float32()))
     if header.policy:
@@ -259,7 +259,7 @@ def _read_shard(path: Path, header: Header) -> list[Rollout]:
 def _to_rollout(row: dict[str, Any], header: Header) -> Rollout:
     rewards = {name: row.pop(REWARD_PREFIX + name) for name in header.rewards}
     partial = None
-    if header.settings.get("partial_rewards"):
+    if header.part_tokens:
         partial = {name: row.pop(PARTIAL_PREFIX + name) for name in header.rewards}
     return Rollout(rewards=rewards, partial_rewards=partial, **row)
 

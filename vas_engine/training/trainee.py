@@ -47,12 +47,13 @@ class Trainee:
         names = [head.reward or head.name for head in network.config.heads]
         self.rewards = rollouts.rewards(names)
         # What W says is a mean; a distribution is learnt from whole rewards.
-        partial = bool(rollouts.part_tokens) and not any(self.heads.distributional)
+        partial = bool(rollouts.header.part_tokens) and not any(self.heads.distributional)
         self.config = config.for_rollouts(partial)
         assert self.config.lam is not None
         self.lam = self.config.lam
-        wanted = partial and (self.lam != 1.0 or self.config.increments > 0)
-        self.critic = Critic(network, rollouts, names) if wanted else None
+        self.critic: Critic | None = None
+        if partial and (self.lam != 1.0 or self.config.increments > 0):
+            self.critic = Critic(network, rollouts, names, config.seed)
         if teacher is not None:
             teacher.columns(self.heads)
         self.weights: dict[str, torch.nn.Parameter] = {}
