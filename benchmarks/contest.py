@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(folder, command)
     if args.json:
         results = args.out / "results"
+        places = {f"{args.out}/": "", str(args.model): args.model.name, sys.executable: "python"}
+        places |= {str(args.env): "ENV"} if args.env else {}
         text = (results / "evaluation.json").read_text(encoding="utf-8")
-        found: dict[str, Any] = json.loads(_portable(text, args))
-        commands = [_portable(shlex.join(command), args) for _, command in plan]
+        found: dict[str, Any] = json.loads(portable(text, places))
+        commands = [portable(shlex.join(command), places) for _, command in plan]
         write(args.json, {"circumstances": circumstances(), "commands": commands} | found)
         for plot in sorted(results.glob("*.png")):
             shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{plot.name}"))
     return 0
 
 
-def _portable(text: str, args: argparse.Namespace) -> str:
-    """Without the places of this machine."""
-    places = {f"{args.out}{os.sep}": "", str(args.model): args.model.name, sys.executable: "python"}
-    if args.env:
-        places[str(args.env)] = "ENV"
+def portable(text: str, places: Mapping[str, str]) -> str:
+    """Without the places of this machine, which get the names given."""
     for place, name in places.items():
         text = text.replace(place, name)
     return text

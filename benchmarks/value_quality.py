@@ -90,6 +90,7 @@ def plan(most: int) -> list[Run]:
         # A teacher's 20 candidates at each of four states are as many rows again as the response has.
         runs.append(Run(f"{label}, distilled", kind, usual // 2, {"teacher_positions": 4}, sizes, teacher=best.name))
         runs.append(Run(f"{label}, direct", kind, usual, {}, sizes))
+    runs.append(Run(f"side, {most}, distilled", "side", most, {"teacher_positions": 4}, teacher=best.name))
     changes: dict[str, dict[str, Any]] = {
         "no consistency": {"consistency": 0.0},
         "consistency 15": {"consistency": 15.0},

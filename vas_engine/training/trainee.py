@@ -51,11 +51,12 @@ class Trainee:
         self.config = config.for_rollouts(partial)
         assert self.config.lam is not None
         self.lam = self.config.lam
-        self.critic: Critic | None = None
-        if partial and (self.lam != 1.0 or self.config.increments > 0):
-            self.critic = Critic(network, rollouts, names, config.seed)
         if teacher is not None:
             teacher.columns(self.heads)
+        self.shares = [self._teacher_share(index) for index in range(len(names))]
+        self.critic: Critic | None = None
+        if self._learns_returns and partial and (self.lam != 1.0 or self.config.increments > 0):
+            self.critic = Critic(network, rollouts, names, config.seed)
         self.weights: dict[str, torch.nn.Parameter] = {}
         self.adapters: Adapters | None = None
         self.average: Average | None = None
@@ -102,32 +103,24 @@ class Trainee:
 
     def step(self, batch: Batch, lesson: Lesson | None) -> float:
         """One update; returns the loss, a mean over positions and heads."""
-        branches, config = lesson.branches if lesson else None, self.config
+        branches = lesson.branches if lesson else None
         bootstrap = self._bootstrap(batch)
         with features_of(self.heads) as seen:
             output = self.network.train_values(self.base, batch.token_ids, batch.lengths, branches)
-        states = branches.split(output)[0] if branches else output
-        if self.critic is None:
-            losses = batch.mean(
-                value_loss(
-                    self.heads, states, batch.rewards, batch.last, self.lam, config.gamma, bootstrap, config.spread
-                )
-            )
-        else:
-            features = seen[-1][:, : states.shape[1]].float()
-            found = self.critic.losses(self.heads, states, features, batch, self._critic_lam(), config.gamma)
-            losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
-        if strength := self._consistency():
-            losses = losses + strength * batch.mean(consistency_loss(self.heads, states, batch.last, config.gamma))
+        losses = output.new_zeros(len(self.shares))
+        if self._learns_returns:
+            states = branches.split(output)[0] if branches else output
+            losses = self._returns_loss(batch, states, seen[-1][:, : states.shape[1]].float(), bootstrap)
         if lesson is not None and self.teacher is not None:
-            share = losses.new_tensor([self._teacher_share(index) for index in range(len(losses))])
-            losses = (1 - share) * losses + config.teacher_share * self.teacher.loss(self.heads, output, lesson, batch)
+            share = losses.new_tensor(self.shares)
+            taught = self.teacher.loss(self.heads, output, lesson, batch)
+            losses = (1 - share) * losses + self.config.teacher_share * taught
         loss = losses.mean()
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {float(loss)}: lower lr={self.lr:g} or look for odd rewards")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.grad_clip)
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate()
         self.optimiser.step()
@@ -135,6 +128,22 @@ class Trainee:
         if self.average:
             self.average.update()
         return float(loss.detach())
+
+    def _returns_loss(
+        self, batch: Batch, states: torch.Tensor, features: torch.Tensor, bootstrap: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the returns say of the output [B, T, O] made of features [B, T, width], one number for each head."""
+        heads, config = self.heads, self.config
+        if self.critic is None:
+            losses = batch.mean(
+                value_loss(heads, states, batch.rewards, batch.last, self.lam, config.gamma, bootstrap, config.spread)
+            )
+        else:
+            found = self.critic.losses(heads, states, features, batch, self._critic_lam(), config.gamma)
+            losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
+        if strength := self._consistency():
+            losses = losses + strength * batch.mean(consistency_loss(heads, states, batch.last, config.gamma))
+        return losses
 
     def _consistency(self) -> float:
         """Weight of the consistency loss in the step to come: what the learning rate has fallen by since its peak."""
@@ -147,14 +156,19 @@ class Trainee:
 
     def _teacher_share(self, index: int) -> float:
         """Of a head: a distribution that the teacher does not know is learnt from the returns all the same."""
-        assert self.teacher is not None
+        if self.teacher is None:
+            return 0.0
         returns = self.heads.distributional[index] and not self.teacher.knows_distribution(self.heads, index)
         return 0.0 if returns else self.config.teacher_share
+
+    @property
+    def _learns_returns(self) -> bool:
+        return min(self.shares) < 1.0
 
     @torch.no_grad()
     def _bootstrap(self, batch: Batch) -> torch.Tensor | None:
         """The target network's output; None for the network's own, or where nothing is bootstrapped from it."""
-        if self.average is None or self.lam == 1.0 or self.critic is not None:
+        if self.average is None or self.lam == 1.0 or self.critic is not None or not self._learns_returns:
             return None
         with self.average.standing_in():
             return self.network.train_values(self.base, batch.token_ids, batch.lengths)
