@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder of all that is made")
     add("--rollouts", type=int, default=32_768, metavar="N", help="samples of the base (32768)")
     add("--samples", type=int, default=16, help="decoded for each opening and point (16)")
-    add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plots beside")
+    add("--json", type=Path, metavar="FILE", help="write the results there as well, and the Pareto fronts beside")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
@@ -95,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in ("composed", "unlearnt"):
             text = (args.out / part / "evaluation.json").read_text(encoding="utf-8")
             record[part] = json.loads(portable(text, places))
-            for plot in sorted((args.out / part).glob("*.png")):
-                shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{part}_{plot.name}"))
         write(args.json, record)
+        shutil.copyfile(args.out / "composed" / "pareto.png", args.json.with_name(f"{args.json.stem}_pareto.png"))
     return 0
 
 

@@ -33,19 +33,19 @@ WEIGHTS = (1, 2, 3.5, 5, 7)
 def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     """What is to be run: the folder that a step makes (None where the command itself knows what is done), and how."""
     out, model, study = args.out, str(args.model), args.out / "study"
-    names = (f"model, {args.rollouts}", "reader, distilled", "side, distilled")
+    names = [f"model, {args.rollouts}", *(f"{kind}, distilled" for kind in args.pupils)]
     train = [sys.executable, "-m", "benchmarks.value_quality", model, "--out", str(study), "--only", *names]
     plan: list[tuple[Path | None, list[str]]] = [(None, [*train, "--rollouts", str(args.rollouts)])]
     tune = [sys.executable, "-m", "benchmarks.finetune"]
     sizes = ["--steps", str(args.steps), "--batch", "128", "--lr", "5e-4", *(["--env", args.env] if args.env else [])]
     policies = []
-    for method, beta in POLICIES:
+    for method, beta in POLICIES if args.steps else ():
         folder = out / f"{method}_{beta:g}"
         policies += ["--policy", f"{method}:{1 / beta:g}={folder}"]
         group = [] if method == "dpo" else ["--group", "16"]
         shared = [method, model, "--rollouts", str(study / "rollouts"), "--reward", NAME, "--beta", str(beta)]
         plan.append((folder, [*tune, *shared, *sizes, *group, "--out", str(folder)]))
-    kinds = ("model", "reader", "side")
+    kinds = ("model", *args.pupils)
     folders = {kind: value_folder(study, name) for kind, name in zip(kinds, names, strict=True)}
     values = [word for name, folder in folders.items() for word in ("--value", f"{name}={folder}")]
     evaluate = [sys.executable, "-m", "vas_engine.cli", "evaluate", model, "--prompts", str(out / "openings.txt")]
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder of all that is made")
     add("--rollouts", type=int, default=131_072, metavar="N", help="samples of the base (131072)")
     add("--samples", type=int, default=64, help="decoded for each opening and point (64)")
-    add("--steps", type=int, default=200, help="updates of each fine-tuning (200)")
+    add("--pupils", nargs="*", default=["reader", "side"], help="kinds that learn from the value model (reader side)")
+    add("--steps", type=int, default=200, help="updates of each fine-tuning (200); 0: none")
     add("--method", nargs="*", default=["args", "fudge", "blockwise"], help="rivals at decoding (args fudge blockwise)")
     add("--env", help="environment of TRL, as benchmarks.finetune takes it")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")

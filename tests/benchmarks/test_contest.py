@@ -11,10 +11,14 @@ from benchmarks.value_quality import main as study
 from vas_engine.commands.evaluate import add_parser
 
 
+def make_plan(out, **changes):
+    given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8, "pupils": ["reader", "side"]}
+    return steps(argparse.Namespace(out=out, model=Path("model"), **given | changes))
+
+
 @pytest.fixture
 def plan(tmp_path):
-    given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8}
-    return steps(argparse.Namespace(out=tmp_path, model=Path("model"), **given))
+    return make_plan(tmp_path)
 
 
 def test_what_is_decoded_is_what_was_made(plan, tmp_path):
@@ -27,6 +31,13 @@ def test_what_is_decoded_is_what_was_made(plan, tmp_path):
     assert any(entry.endswith("values/model_4096") for entry in args.value)
     assert "model, 4096" in made[0][1]
     assert args.rollouts == str(tmp_path / "study" / "rollouts")
+
+
+def test_what_is_not_wanted_is_left_out(tmp_path):
+    (_, train), (_, evaluate) = make_plan(tmp_path, steps=0, pupils=["side"])
+    assert train[train.index("--only") + 1 : train.index("--rollouts")] == ["model, 4096", "side, distilled"]
+    assert [entry.partition("=")[0] for entry in evaluate if "values" in entry] == ["model", "side"]
+    assert "--policy" not in evaluate
 
 
 def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_ends_it(tmp_path):
