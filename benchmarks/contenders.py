@@ -21,6 +21,8 @@ from benchmarks.peers import (
     SharedCacheValueProcessor,
     ValueProcessor,
 )
+from vas_engine.integrations.transformers import ValueLogitsProcessor, load_values, vas_generate
+from vas_engine.integrations.value_models import Host, load_value_model
 from vas_engine.llm import LLM
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
@@ -42,6 +44,13 @@ PEERS: dict[str, type[ValueProcessor]] = {
     "hf-all-at-once": AllAtOnceValueProcessor,
     "hf-shared-cache": SharedCacheValueProcessor,
 }
+
+VLLMS = {"vllm-plain": None, "vllm-model": "model", "vllm-action": "last"}
+"""vLLM, each with the kind of value that guides it through this package's plugin; "last" is an action head on the last
+hidden state alone, which is all that vLLM shows."""
+
+OURS_IN_THEIRS = ("hf-vas-generate", "hf-vas-processor")
+"""This package inside ``generate`` of transformers, guided by the value model."""
 
 # Logits of a fresh model are almost equal. With its final norm scaled by this their standard deviation is
 # about 5 and the 20 most probable tokens hold most of the probability, as in a trained model: what is drawn
@@ -89,7 +98,7 @@ class Setting:
 SETTINGS = {
     # 134.5 and 14.7 million parameters.
     "135m": Setting(Shape(49152, 576, 30, 9, 3, 1536), Shape(49152, 192, 8, 3, 3, 896)),
-    "tiny": Setting(Shape(2048, 64, 4, 4, 2, 128), Shape(2048, 32, 2, 2, 2, 64)),
+    "tiny": Setting(Shape(2048, 64, 4, 2, 1, 128), Shape(2048, 32, 2, 2, 2, 64)),
 }
 
 
@@ -108,6 +117,9 @@ class Decoding:
     num_candidates: int = 20
     temperature: float = 1.0
     weight: float = 1.0
+
+
+Guide = Callable[[torch.Tensor, Decoding], dict[str, Any]]
 
 
 class Contender(Protocol):
@@ -148,6 +160,9 @@ class Assets:
             lm = CausalLM.load(self.base, device="cpu")
             if kind == "model":
                 network: Any = ValueModel.create(self.backbone, lm, ["reward"])
+            elif kind == "last":
+                config = default_config("action", lm, ["reward"]).replace(states=(lm.num_layers,))
+                network = ValueNetwork(config).bind(lm)
             else:
                 network = ValueNetwork(default_config(kind, lm, ["reward"])).bind(lm)
             save_value(folder, network)
@@ -200,24 +215,15 @@ class Engine:
 
 
 class HuggingFace:
-    """``generate`` of transformers, plain or with one of the peers' processors.
+    """``generate`` of transformers, plain or guided.
 
     Args:
         model: the base model; may be shared.
-        form: the processor; None is plain decoding.
-        backbone, head: of the value model.
+        guide: arguments of one call from the prompts' attention mask and the settings; None is plain decoding.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: LlamaForCausalLM,
-        form: type[ValueProcessor] | None = None,
-        backbone: Any = None,
-        head: nn.Module | None = None,
-    ) -> None:
-        self.name, self.model, self.form = name, model, form
-        self.backbone, self.head = backbone, head
+    def __init__(self, name: str, model: LlamaForCausalLM, guide: Guide | None = None) -> None:
+        self.name, self.model, self.guide = name, model, guide
 
     def run(self, prompts: list[list[int]], decoding: Decoding, seed: int) -> tuple[float, int]:
         ids = torch.tensor(prompts)
@@ -227,37 +233,39 @@ class HuggingFace:
             options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
         torch.manual_seed(seed)
         start = time.perf_counter()
-        processors = LogitsProcessorList()
-        if self.form is not None:
-            settings = {"weight": decoding.weight, "num_candidates": decoding.num_candidates}
-            processors.append(self.form(self.backbone, self.head, mask, **settings))
+        if self.guide is not None:
+            options |= self.guide(mask, decoding)
         output = self.model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=decoding.new_tokens,
             eos_token_id=None,
             pad_token_id=0,
-            logits_processor=processors,
             **options,
         )
         return time.perf_counter() - start, output[:, ids.shape[1] :].numel()
 
     def close(self) -> None:
-        del self.model, self.backbone
+        del self.model, self.guide
 
 
 class VLLM:
-    """vLLM, plain, in another interpreter that has it installed.
+    """vLLM in another interpreter that has it installed, plain or guided by this package's plugin.
+
+    Args:
+        kind: of value; None is plain decoding.
 
     Raises:
         RuntimeError: it did not start; its own words are on stderr.
     """
 
-    name = "vllm-plain"
-
-    def __init__(self, python: str, assets: Assets, max_num_seqs: int, max_model_len: int, log: Path) -> None:
+    def __init__(
+        self, name: str, kind: str | None, python: str, assets: Assets, max_num_seqs: int, max_model_len: int, log: Path
+    ) -> None:
+        self.name, self.guided = name, kind is not None
         worker = Path(__file__).with_name("vllm_worker.py")
         command = [python, str(worker), str(assets.base), str(max_model_len), str(max_num_seqs)]
+        command += [str(assets.value(kind))] if kind else []
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
@@ -270,7 +278,15 @@ class VLLM:
             "prompts": prompts,
             "new_tokens": decoding.new_tokens,
             "temperature": decoding.temperature,
+            "seed": seed,
+            "extra_args": None,
         }
+        if self.guided:
+            request["extra_args"] = {
+                "vas_weights": {"reward": decoding.weight},
+                "vas_candidates": decoding.num_candidates,
+                "vas_baseline": "candidate-mean",  # V(s) is not known to an action head there
+            }
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -297,7 +313,7 @@ class VLLM:
 def names(vllm: bool = False) -> list[str]:
     """All contenders, in the order of the table."""
     own = ["vas-plain", *(f"vas-{kind}" for kind in KINDS)]
-    return [*own, *COMPILED, "hf-plain", *PEERS, *([VLLM.name] if vllm else [])]
+    return [*own, *COMPILED, "hf-plain", *OURS_IN_THEIRS, *PEERS, *(VLLMS if vllm else [])]
 
 
 def builders(
@@ -313,14 +329,38 @@ def builders(
             shared[key] = make()
         return shared[key]
 
-    def hugging_face(name: str) -> Contender:
-        base = once("base", lambda: AutoModelForCausalLM.from_pretrained(assets.base, dtype=assets.dtype).eval())
-        form = PEERS.get(name)
-        if form is None:
-            return HuggingFace(name, base)
+    def base() -> Any:
+        return once("base", lambda: AutoModelForCausalLM.from_pretrained(assets.base, dtype=assets.dtype).eval())
+
+    def peer(form: type[ValueProcessor]) -> Guide:
         backbone = once("backbone", lambda: AutoModel.from_pretrained(assets.backbone, dtype=assets.dtype).eval())
         head = once("head", lambda: nn.Linear(assets.setting.value.hidden_size, 1))
-        return HuggingFace(name, base, form, backbone, head)
+
+        def guide(mask: torch.Tensor, decoding: Decoding) -> dict[str, Any]:
+            processor = form(backbone, head, mask, weight=decoding.weight, num_candidates=decoding.num_candidates)
+            return {"logits_processor": LogitsProcessorList([processor])}
+
+        return guide
+
+    def own_generate(mask: torch.Tensor, decoding: Decoding) -> dict[str, Any]:
+        weights = {"reward": decoding.weight}
+        return {"custom_generate": vas_generate, "values": weights, "num_candidates": decoding.num_candidates}
+
+    def own_processor(mask: torch.Tensor, decoding: Decoding) -> dict[str, Any]:
+        weights = {"reward": decoding.weight}
+        processor = ValueLogitsProcessor(base(), value(), weights, mask, num_candidates=decoding.num_candidates)
+        return {"logits_processor": LogitsProcessorList([processor])}
+
+    def value() -> dict[str, Any]:
+        host = Host(assets.setting.base.vocab_size, assets.dtype)
+        return once("value", lambda: {"reward": load_value_model(assets.value("model"), host)})
+
+    def own(name: str) -> HuggingFace:
+        # Loads what each of them needs before the first run.
+        if name == "hf-vas-processor":
+            value()
+            return HuggingFace(name, base(), own_processor)
+        return HuggingFace(name, load_values(base(), {"reward": str(assets.value("model"))}), own_generate)
 
     found: dict[str, Callable[[], Contender]] = {}
     for kind in (None, *KINDS):
@@ -328,8 +368,14 @@ def builders(
         found[name] = lambda kind=kind: Engine(assets, kind, max_num_seqs, max_model_len)
     for name, compiled_kind in COMPILED.items():
         found[name] = lambda name=name, kind=compiled_kind: Engine(assets, kind, max_num_seqs, max_model_len, name)
-    for name in ("hf-plain", *PEERS):
-        found[name] = lambda name=name: hugging_face(name)
+    found["hf-plain"] = lambda: HuggingFace("hf-plain", base())
+    for name in OURS_IN_THEIRS:
+        found[name] = lambda name=name: own(name)
+    for name, form in PEERS.items():
+        found[name] = lambda name=name, form=form: HuggingFace(name, base(), peer(form))
     if vllm_python:
-        found[VLLM.name] = lambda: VLLM(vllm_python, assets, max_num_seqs, max_model_len, log)
+        for name, kind in VLLMS.items():
+            found[name] = lambda name=name, kind=kind: VLLM(
+                name, kind, vllm_python, assets, max_num_seqs, max_model_len, log.with_suffix(f".{name}.log")
+            )
     return found

@@ -1,7 +1,7 @@
 """Tokens per second of plain and value-guided decoding: this engine beside the other ways to do it.
 
     python -m benchmarks.decode                                everything, some eight minutes on two cores
-    python -m benchmarks.decode --vllm-python ENV/bin/python   vLLM plain too
+    python -m benchmarks.decode --vllm-python ENV/bin/python   vLLM too, plain and with the plugin
     python -m benchmarks.decode --contenders vas-plain vas-reader --rounds 3 --batch 1
     python -m benchmarks.decode --setting tiny --rounds 1 --new-tokens 8   does it run at all?
 
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.contenders or known
     for name in chosen:
         if name not in known:
-            made.error(f"--contenders {name}: known are {', '.join(known)} (vllm-plain needs --vllm-python)")
+            made.error(f"--contenders {name}: known are {', '.join(known)} (vLLM needs --vllm-python)")
     if options.threads:
         torch.set_num_threads(options.threads)
     decoding = Decoding(options.new_tokens, options.candidates, options.temperature)

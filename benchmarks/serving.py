@@ -42,7 +42,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.contenders import SETTINGS, Assets
 from benchmarks.record import circumstances, spread, write
-from benchmarks.traces import FILES, SHARED, TraceRequest, read_trace, scale
+from benchmarks.traces import FILES, PAGE, SHARED, TraceRequest, read_trace, scale
 
 KINDS = ("reader", "side")
 """Values of the random models, untrained."""
@@ -105,6 +105,7 @@ def plans(args: argparse.Namespace, served: Models) -> list[Plan]:
     made |= {name + SLO: Plan(name + SLO, [*command, "--itl-slo", args.itl_slo]) for name, command in own.items()}
     if args.vllm_python:
         command = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.base), *same]
+        command += ["--block-size", str(2 * PAGE)]  # the least it takes on a CPU; hardly two prompts share its 128
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         made["vllm"] = Plan("vllm", command, environment)
     wanted = args.contenders or [name for name in made if not name.endswith(SLO)]
@@ -286,6 +287,7 @@ def summarise(seen: Sequence[Served], seconds: float) -> dict[str, float]:
         "tokens_per_event": tokens / max(sum(1 + len(s.gaps) for s in fine), 1),
         "evaluations_per_token": sum(s.evaluations for s in fine) / max(tokens, 1),
         "limited_share": sum(s.limited for s in fine) / max(tokens, 1),
+        "limited_requests": sum(s.limited > 0 for s in fine) / max(len(fine), 1),
     }
     for name, series in times(fine).items():
         for q in (50, 99):
@@ -324,7 +326,9 @@ def measure(
                 everything[plan.name] += [s for s in seen if s.error is None]
                 for error in {s.error for s in seen if s.error is not None}:
                     print(f"{plan.name}: {error}", file=sys.stderr)
-                print(f"{plan.name}: {figures['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
+                middle, worst = (1e3 * figures[f"itl_p{q}"] for q in (50, 99))
+                line = f"{figures['tokens_per_second']:.0f} tokens/s, {middle:.1f} ms between tokens (p99 {worst:.1f})"
+                print(f"{plan.name}: {line}", file=sys.stderr, flush=True)
     return rounds, everything
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     name = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = _parser(name).parse_args(words)
+        args = _parser(name).parse_args(words, argparse.Namespace(words=words))
         if "run" not in args:
             _parser(None).print_help()
             return OK

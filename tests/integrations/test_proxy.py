@@ -121,6 +121,20 @@ def ask(served: Served, path: str = "/v1/completions", **body) -> dict:
     return answer.json()
 
 
+@pytest.mark.parametrize(("server", "ids"), [("behind", False), ("by_ids", True)])
+def test_a_proxy_says_whether_it_takes_token_ids(world, request, server: str, ids: bool) -> None:
+    """A client that has the tokenizer continues as ids where that goes, and as text where the proxy does."""
+    served = request.getfixturevalue(server)
+    # No more candidates than this model has tokens, behind the proxy neither.
+    few = {"vas_candidates": 4}
+    client = RemoteLLM(served.url + "/v1", "guided", tokenizer=letter_tokenizer(), max_retries=0, extra_body=few)
+    params = SamplingParams(max_tokens=3, seed=1, num_candidates=4, tail="drop")
+    output = client.generate("ab", params, use_tqdm=False)[0].outputs[0]
+    assert client.tells_ids is ids
+    assert output.token_ids[0] >= 0 if ids else output.token_ids == [-1] * len(output.token_ids)
+    assert output.finish_reason in ("stop", "length")
+
+
 # -- the guided model ----------------------------------------------------------------------------------------
 
 

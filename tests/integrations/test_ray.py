@@ -61,6 +61,31 @@ def test_what_cannot_work_is_refused_before_a_cluster_is_asked() -> None:
         collect_on_ray({}, ["a"], ["length"], "out")
 
 
+def test_what_goes_to_one_replica() -> None:
+    """Requests of one profile, or the same weighed values, whose prompts begin alike; strengths do not part them."""
+    pytest.importorskip("ray", reason="needs pip install 'vas-engine[ray]'")
+    from vas_engine.integrations.ray.serve import PREFIX_CHARS, affinity
+
+    def key(**request) -> str:
+        return affinity(json.dumps(request).encode())
+
+    start = "x" * PREFIX_CHARS
+    one = key(prompt=start + "a", vas_weights={"kind": 1.0})
+    assert one == key(prompt=start + "b", vas_weights={"kind": 2.0}, seed=3)
+    question = {"role": "user", "content": "Who?"}
+    asked = key(messages=[{"role": "system", "content": "S"}, question])
+    assert asked == key(messages=[{"role": "system", "content": "S"}, question, {"role": "assistant", "content": "I"}])
+    others = [
+        key(prompt=start + "a"),
+        key(prompt=start + "a", vas_weights={"mood": 1.0}),
+        key(prompt=start + "a", vas_profile="kind"),
+        key(prompt="y" + start, vas_weights={"kind": 1.0}),
+        key(messages=[{"role": "system", "content": "T"}, question]),
+    ]
+    assert len({one, asked, *others}) == 7
+    assert affinity(b"no JSON") == affinity(b"[]") == affinity(b"{}") == ""
+
+
 # -- a cluster ---------------------------------------------------------------------------------------------
 
 
@@ -69,6 +94,8 @@ def cluster() -> Iterator[None]:
     """Ray on this machine, with more CPUs than it has: nothing here is about speed."""
     ray = pytest.importorskip("ray", reason="needs pip install 'vas-engine[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # On a busy machine Ray would take its own proxy for dead.
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "300"
     ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
@@ -119,7 +146,9 @@ def proxy(cluster) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options={"port": port})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 900)  # a minute is too little on a busy machine
+        serve.start(http_options={"port": port})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -275,7 +304,7 @@ def test_a_request_that_kills_its_replica_is_given_up(proxy, tmp_path) -> None:
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    from vas_engine.integrations.ray.serve import ATTEMPTS, Relay
+    from vas_engine.integrations.ray.serve import ATTEMPTS, Dispatcher
 
     class Mortal:
         async def answer(self, scope, body):
@@ -297,7 +326,7 @@ def test_a_request_that_kills_its_replica_is_given_up(proxy, tmp_path) -> None:
 
     def build():
         handle = serve.get_deployment_handle("Mortal", app_name="mortal")
-        return Starlette(routes=[Route("/{path:path}", Relay(handle))])
+        return Starlette(routes=[Route("/{path:path}", Dispatcher(handle))])
 
     mortal = serve.deployment(Mortal, name="Mortal").options(max_ongoing_requests=1, max_queued_requests=1)
     ingress = serve.deployment(serve.ingress(build)(), name="Front")

@@ -46,6 +46,7 @@ from vas_engine.integrations.remote import (
 )
 from vas_engine.integrations.remote.journal import Journal
 from vas_engine.integrations.remote.llm import _Policy
+from vas_engine.integrations.remote.values import Ask
 from vas_engine.values.artifact import save_value
 from vas_engine.values.value_model import ValueModel
 
@@ -273,12 +274,59 @@ def test_a_value_with_another_tokenizer_reads_the_same_text(world, upstream) -> 
     llm = RemoteLLM(upstream, "tiny", {"v": net}, value_tokenizers={"v": tokenizer})
     candidates = [("a", None, False), ("b", None, False), ("", None, True)]
     for text in ("b", "bd", "bda", "bdac", "bd"):
-        _, values = llm.values.tilt("key", text, None, candidates, SamplingParams(values={"v": 1.0}))
+        [(_, values)] = llm.values.tilts([Ask("key", text, None, candidates, SamplingParams(values={"v": 1.0}))])
         end = tokenizer.eos_token_id
         rows = [tokenizer.encode(t) for t in (text, text + "a", text + "b")] + [[*tokenizer.encode(text), end]]
         assert values[:, 0].tolist() == pytest.approx(head_outputs(lm, net, rows)[:, 0].tolist(), abs=1e-4)
     output = llm.generate(TEXT, SamplingParams(max_tokens=4, values={"v": 1.0}, num_candidates=3), use_tqdm=False)
     assert output[0].error is None
+
+
+def test_sequences_share_a_pass_and_errors_are_their_own(world, upstream, monkeypatch) -> None:
+    """What waits while a pass runs is one pass; what cannot be valued, and who has gone, disturb nobody."""
+    llm = remote(world, upstream)
+    guided = SamplingParams(values={"ones": 2.0, "ended": 1.0})
+    candidates = [("a", None, False), ("b", None, False)]
+    asks = [Ask(text, text, None, candidates, guided) for text in ("a", "ab", "abc", "b", "ca")]
+    too_long = Ask("long", "a" * 300, None, candidates, guided)
+    alone = [llm.values.tilts([ask])[0] for ask in asks]
+    for ask in asks:
+        llm.values.forget(ask.key)
+    cache = llm.values._readers[0].cache
+    passes: list[list[str]] = []
+    begun, go_on = threading.Event(), threading.Event()
+    run = llm.values.tilts
+
+    def watched(given):
+        begun.set()
+        assert go_on.wait(30)
+        passes.append([ask.key for ask in given])
+        return run(given)
+
+    monkeypatch.setattr(llm.values, "tilts", watched)
+
+    async def main() -> list:
+        async with llm.session() as session:
+            first = asyncio.create_task(session.tilt(asks[0]))
+            await asyncio.to_thread(begun.wait, 30)
+            others = [asyncio.create_task(session.tilt(ask)) for ask in (*asks[1:], too_long)]
+            await asyncio.sleep(0)  # all of them have asked
+            others[-2].cancel()
+            await asyncio.gather(others[-2], return_exceptions=True)
+            go_on.set()
+            return await asyncio.gather(first, *others, return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert passes[:2] == [["a"], ["ab", "abc", "b", "long"]]
+    assert passes[2:] == [["ab"], ["abc"], ["b"], ["long"]]  # each by itself, to find out whose error it is
+    for (tilt, values), (own_tilt, own_values) in zip(results[:4], alone, strict=False):
+        assert tilt == pytest.approx(own_tilt, abs=1e-5)
+        assert values == pytest.approx(own_values, abs=1e-5)
+    assert isinstance(results[4], asyncio.CancelledError)
+    assert isinstance(results[5], InvalidArgumentError)
+    for ask in asks[:4]:
+        llm.values.forget(ask.key)
+    assert sorted(cache._free) == list(range(cache._blocks))
 
 
 # -- a server that fails -----------------------------------------------------------------------------------

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from tests.engine.conftest import VOCAB, distributional, llama, network
 from tests.integrations.conftest import bound, hf_model
 from tests.oracle import head_outputs
-from vas_engine import InvalidArgumentError, SamplingParams, ValueArtifactError
+from vas_engine import InvalidArgumentError, NonFiniteError, SamplingParams, ValueArtifactError
 from vas_engine.integrations import value_models
-from vas_engine.integrations.value_models import Host, PrefixValues, Values, load_value_model
+from vas_engine.integrations.value_models import Host, PrefixValues, Values, check_finite, load_value_model
 from vas_engine.values.artifact import save_value
 
 
@@ -110,14 +111,43 @@ def test_only_value_models_can_do_without_the_base_model(tmp_path) -> None:
         load_value_model(tmp_path / "model", Host(VOCAB + 1))
 
 
+def test_tilts_of_many_are_those_of_each(lm) -> None:
+    """Different weights, baselines, clips and numbers of candidates at once; what is not finite stays one's own."""
+    models = {"a": network("model", lm, (distributional(),)), "b": network("model", lm)}
+    values = Values(models)
+    prefixes, ends = [[1, 2], [5], [7, 8, 9]], [[[3], [4]], [[6]], [[1], [2], [3]]]
+    outputs = [PrefixValues(model).score([0, 1, 2], prefixes, ends) for model in models.values()]
+    params = [
+        SamplingParams(values={"a": 0.5}, tilt="optimal", advantage_clip=0.01),
+        SamplingParams(values={"a": -1.0, "b": 2.0}),
+        SamplingParams(values={"b": 3.0}, baseline="candidate-mean"),
+    ]
+    together = values.tilts(outputs, params)
+    for index, (tilt, value) in enumerate(together):
+        [(own_tilt, own_value)] = values.tilts([[output[index]] for output in outputs], [params[index]])
+        assert len(tilt) == len(ends[index])
+        assert tilt == pytest.approx(own_tilt, abs=1e-6)
+        assert value == pytest.approx(own_value, abs=1e-6)
+    assert abs(together[0][0]).max() == pytest.approx(0.005)
+    assert together[2][0].mean() == pytest.approx(0.0, abs=1e-5)
+    outputs[1][1][0, 0] = torch.nan
+    broken = [tilt for tilt, _ in values.tilts(outputs, params)]
+    assert [bool(np.isfinite(tilt).all()) for tilt in broken] == [True, False, True]
+    assert broken[2] == pytest.approx(together[2][0])
+    with pytest.raises(NonFiniteError, match="value is not finite"):
+        check_finite(broken[1])
+
+
 def test_names_and_optimal_tilts(lm) -> None:
     one, two = network("model", lm, (distributional(),)), network("model", lm)
-    with pytest.raises(InvalidArgumentError, match="two values give this name"):
+    with pytest.raises(InvalidArgumentError, match="two networks give this name"):
         Values({"": one, "value": two})
     values = Values({"a": one, "b": two})
     outputs = [PrefixValues(m).score([0], [[1, 2]], [[[3], [4]]])[0] for m in (one, two)]
-    with pytest.raises(InvalidArgumentError, match="scalar"):
-        values.tilt(outputs, SamplingParams(values={"b": 1.0}, tilt="optimal"))
-    tilt, value = values.tilt(outputs, SamplingParams(values={"a": 0.5, "b": 2.0}, advantage_clip=0.1))
+    with pytest.raises(InvalidArgumentError, match="'b' has a scalar head"):
+        values.check(SamplingParams(values={"b": 1.0}, tilt="optimal"))
+    values.check(SamplingParams(values={"a": 1.0, "b": 0.0}, tilt="optimal"))
+    params = SamplingParams(values={"a": 0.5, "b": 2.0}, advantage_clip=0.1)
+    [(tilt, value)] = values.tilts([[output] for output in outputs], [params])
     advantage = (value[1:] - value[0]).clip(-0.1, 0.1)
     assert tilt == pytest.approx(advantage @ [0.5, 2.0], abs=1e-6)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.oracle import chi_squared_p, enumerate_policy
 from vas_engine import LLM, SamplingParams
 from vas_engine.model.lm import CausalLM
-from vas_engine.values import ValueModel, save_value
+from vas_engine.values import ValueModel, ValueNetwork, default_config, save_value
 from vas_engine.values.config import HeadConfig
 
 PYTHON = os.environ.get("VAS_VLLM_PYTHON")
@@ -34,7 +40,17 @@ MIX = [
         "num_candidates": 4,
     },
 ]
-EXTRA = {"values": "vas_weights", "num_candidates": "vas_candidates", "tail": "vas_tail"}
+HEADS = [  # an action head, alone and beside value models
+    {"seed": 5, "values": {"h": 3.0}, "baseline": "candidate-mean"},
+    {"seed": 6, "values": {"h": -4.0, "a": 1.0}, "tail": "drop", "num_candidates": 6, "top_p": 0.9},
+    {"temperature": 0.0, "values": {"h": 5.0}, "tail": "drop"},
+]
+EXTRA = {
+    "values": "vas_weights",
+    "num_candidates": "vas_candidates",
+    "tail": "vas_tail",
+    "baseline": "vas_baseline",
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,10 +58,10 @@ pytestmark = [
 ]
 
 
-def _llama(folder: Path, seed: int, layers: int) -> Path:
+def _llama(folder: Path, seed: int, layers: int, vocab: int = VOCAB) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=layers,
@@ -53,7 +69,7 @@ def _llama(folder: Path, seed: int, layers: int) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=128,
         bos_token_id=0,
-        eos_token_id=VOCAB - 1,
+        eos_token_id=vocab - 1,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -65,7 +81,7 @@ def _llama(folder: Path, seed: int, layers: int) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A base model and two value models: (folder, {name: folder}, engine)."""
+    """A base model, two value models and an action head: (folder, {name: folder}, engine)."""
     root = tmp_path_factory.mktemp("vllm")
     base = _llama(root / "base", 0, 2)
     lm = CausalLM.load(str(base), "cpu", "float32")
@@ -76,6 +92,12 @@ def made(tmp_path_factory):
             value.heads.output.weight.normal_(std=0.3)
         save_value(root / name, value)
         folders[name] = str(root / name)
+    for name, states in (("h", (2,)), ("middle", (1, 2))):
+        head = ValueNetwork(default_config("action", lm, [HeadConfig("h", "h")]).replace(states=states)).bind(lm)
+        with torch.no_grad():
+            head.heads.output.weight.normal_(std=0.5)
+        save_value(root / name, head)
+    folders["h"] = str(root / "h")
     return str(base), folders, LLM(str(base), folders, skip_tokenizer_init=True, dtype="float32", max_model_len=128)
 
 
@@ -115,6 +137,8 @@ def test_tokens_are_the_engines_and_errors_name_the_fix(made):
         {"extra_args": {"vas_weights": {"aa": 1.0}}},
         {"extra_args": {"vas_weights": {"a": 1.0}, "vas_candidate": 3}},
         {"extra_args": {"vas_weights": "a"}},
+        {"extra_args": {"vas_weights": {"h": 1.0}}},
+        {"extra_args": {"vas_weights": {"a": 1.0}, "vas_tilt": "optimal"}},
     ]
     text = {"seed": 1, "max_tokens": 30, "ignore_eos": True, "extra_args": {"vas_weights": "a=2"}}
     result = _run(
@@ -136,14 +160,17 @@ def test_tokens_are_the_engines_and_errors_name_the_fix(made):
     assert children == alone
     assert result[3][0][0] == mixed[0]
     for call, needle in zip(
-        result[4:], ("did you mean 'a'", "did you mean 'vas_candidates'", "name=weight"), strict=True
+        result[4:],
+        ("did you mean 'a'", "did you mean 'vas_candidates'", "name=weight", "candidate-mean", "scalar"),
+        strict=True,
     ):
         assert needle in call["error"]
 
 
 def test_preempted_requests_keep_their_tokens(made):
     prompts = [[1 + i % 9, 2, 3] for i in range(12)]
-    options = [{"seed": i, "values": {"a": 2.0, "b": 0.1 * i}} for i in range(12)]
+    options = [{"seed": i, "values": {"a": 2.0, "b": 0.1 * i}} for i in range(10)]
+    options += [{"seed": i, "values": {"h": 3.0}, "baseline": "candidate-mean"} for i in (10, 11)]
     call = {"prompts": prompts, "params": [_theirs(o, max_tokens=60, ignore_eos=True) for o in options]}
     result = _run(made, [call], num_gpu_blocks_override=16, block_size=32, enable_prefix_caching=False)
     assert result["preemptions"] > 0
@@ -151,8 +178,8 @@ def test_preempted_requests_keep_their_tokens(made):
 
 
 def test_distribution(made):
-    _, folders, llm = made
-    networks = {name: (llm.values[name], 0) for name in folders}
+    llm = made[2]
+    networks = {name: (llm.values[name], 0) for name in "ab"}
     count, options = 1500, {"values": {"a": 1.2, "b": -0.8}, "num_candidates": 5}
     expected = enumerate_policy(llm.lm, networks, SamplingParams(**options), [3, 4], 2, ())
     params = [_theirs(options, seed=seed, max_tokens=2, ignore_eos=True) for seed in range(count)]
@@ -165,12 +192,104 @@ def test_distribution(made):
     assert chi_squared_p(counts, plain, count) < 1e-9
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_action_heads_read_the_states_that_logits_are_made_of(made, compiled: bool):
+    """Beside value models, plain requests and prompts of other lengths, also where vLLM compiles the model."""
+    plain = {"temperature": 0.0}
+    prompts, options = [*PROMPTS[:3], [5, 6], PROMPTS[3]], [*HEADS, plain, MIX[0]]
+    call = {"prompts": prompts, "params": [_theirs(o, max_tokens=20, ignore_eos=True) for o in options]}
+    result = _run(made, [call], enforce_eager=not compiled)["calls"][0]
+    assert [completions[0] for completions in result] == _ours(made, prompts, options, 20)
+    unguided = _ours(made, prompts[:3], [{**o, "values": None} for o in HEADS], 20)
+    assert all(completions[0] != other for completions, other in zip(result, unguided, strict=False))
+
+
+def test_a_head_on_other_states_is_refused(made):
+    base, folders, llm = made
+    other = str(Path(folders["h"]).with_name("middle"))
+    with pytest.raises(AssertionError, match=r"reads the hidden states \[1, 2\].*--states 2"):
+        _run((base, {"middle": other}, llm), [])
+
+
 def test_model_runner_v2_interface(made):
     """Rows are not requests, slots are recycled, preempted requests filled again: still the engine's tokens."""
     plain = {"temperature": 0.0}
     # V2 has put penalties into the logits before a processor sees them; here nobody has.
     guided = [{name: value for name, value in options.items() if name != "repetition_penalty"} for options in MIX]
-    prompts, options = [*PROMPTS, [5, 6]], [*guided, plain]
+    prompts, options = [*PROMPTS, [5, 6], *PROMPTS[:3]], [*guided, plain, *HEADS]
     call = {"prompts": prompts, "params": [_theirs(o, max_tokens=12) for o in options]}
     result = _run(made, [call], "v2")
     assert [completions[0] for completions in result["calls"][0]] == _ours(made, prompts, options, 12)
+
+
+def test_the_server(made, tmp_path):
+    """Weights over HTTP: mixed requests at once, n > 1, wrong arguments, names that only the engine knows."""
+    base, folders, _ = made
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--model", base, "--served-model-name", "m", "--port", str(port), "--skip-tokenizer-init"]
+    words += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    words += ["--additional-config", json.dumps({"vas_values": folders})]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    log = tmp_path / "log"
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *words]
+
+    def ask(prompt: list[int], options: dict, **more) -> httpx.Response:
+        theirs = _theirs(options, max_tokens=20, ignore_eos=True)
+        weights = ",".join(f"{name}={weight}" for name, weight in theirs["extra_args"].pop("vas_weights").items())
+        extra = {**theirs.pop("extra_args"), "vas_weights": weights, **more}
+        body = {"model": "m", "prompt": prompt, "return_token_ids": True, "detokenize": False, "vllm_xargs": extra}
+        return client.post("/v1/completions", json=body | theirs)
+
+    with (
+        log.open("w") as out,
+        subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        break
+                assert server.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+            prompts, options = [*PROMPTS, *PROMPTS[:3]], [*MIX, *HEADS]
+            answers = list(pool.map(ask, prompts, options))
+            assert [answer.status_code for answer in answers] == [200] * len(answers), answers[0].text
+            tokens = [answer.json()["choices"][0]["token_ids"] for answer in answers]
+            assert tokens == _ours(made, prompts, options, 20)
+            several = ask(PROMPTS[0], {**MIX[0], "n": 2}).json()["choices"]
+            alone = [_ours(made, PROMPTS[:1], [{**MIX[0], "seed": MIX[0]["seed"] + i}], 20)[0] for i in range(2)]
+            assert [choice["token_ids"] for choice in several] == alone
+            wrong = ask(PROMPTS[0], MIX[0], vas_candidate=3)
+            assert wrong.status_code == 400
+            assert "did you mean 'vas_candidates'" in wrong.text
+            # This process was not told the names: the engine ends the request, and goes on.
+            unknown = ask(PROMPTS[0], {"values": {"aa": 1.0}}).json()["choices"][0]["token_ids"]
+            assert unknown == [VOCAB - 1] * len(unknown)
+            assert ask(PROMPTS[0], MIX[0]).json()["choices"][0]["token_ids"] == tokens[0]
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+    assert "did you mean 'a'" in log.read_text()
+
+
+def test_documentation(tmp_path):
+    """The page's example as it is written, by vLLM's own interpreter."""
+    from tests.integrations.test_documentation import examples
+    from tests.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    for part, seed in (("model", 0), ("other", 1)):
+        _llama(tmp_path / part, seed, 1, len(tokenizer))
+        tokenizer.save_pretrained(tmp_path / part)
+    lm = CausalLM.load(tmp_path / "model", "cpu", "float32")
+    save_value(tmp_path / "value", ValueModel.create(tmp_path / "other", lm, ["kind"], tokenizer), tokenizer)
+    names = f"MODEL, VALUE = {str(tmp_path / 'model')!r}, {str(tmp_path / 'value')!r}\n"
+    script = tmp_path / "example.py"
+    script.write_text(names + examples("vllm.md") + "\nprint('tokens:', len(output.token_ids))\n")
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([PYTHON, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 1 <= int(done.stdout.split("tokens:")[1]) <= 20

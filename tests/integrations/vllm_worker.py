@@ -38,9 +38,8 @@ def main() -> None:
         job["model"],
         skip_tokenizer_init=True,
         dtype="float32",
-        enforce_eager=True,
         disable_log_stats=False,
-        **job["engine"],
+        **{"enforce_eager": True, **job["engine"]},
         **engine_args(job["values"]),
     )
     calls = [_call(vllm, llm, call) for call in job["calls"]]
@@ -68,21 +67,29 @@ def _run_v2(job: dict) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
-    from vas_engine.integrations.vllm import ValueLogitsProcessor
+    from vas_engine.integrations.vllm import ValueLogitsProcessor, register
 
+    register()  # as vLLM does by the entry point, before it makes the model
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     settings = SimpleNamespace(
         model=job["model"],
         tokenizer=job["model"],
+        revision=None,
         dtype=torch.float32,
+        head_dtype=torch.float32,
         hf_config=model.config,
         get_vocab_size=lambda: model.config.vocab_size,
     )
     config = SimpleNamespace(
         additional_config={"vas_values": job["values"]}, model_config=settings, speculative_config=None
     )
+    with set_current_vllm_config(config):
+        make_logits = LogitsProcessor(model.config.vocab_size)
+    make_logits._get_logits = lambda states, head, bias, skip: head(states)  # their product needs a running engine
     slots = 2
     states = LogitsProcRequestState(
         device=torch.device("cpu"),
@@ -115,7 +122,8 @@ def _run_v2(job: dict) -> dict:
                 enter(slot, waiting.pop(0))
         order = sorted(running, reverse=bool(step % 2))
         with torch.no_grad():
-            logits = torch.stack([model(torch.tensor([running[s].tokens])).logits[0, -1] for s in order])
+            states_of = [model.model(torch.tensor([running[s].tokens])).last_hidden_state[0, -1] for s in order]
+            logits = make_logits(model.lm_head, torch.stack(states_of))
         mapping = torch.tensor(order)
         context = LogitsContext(
             expanded_idx_mapping=mapping,
@@ -141,6 +149,8 @@ def _run_v2(job: dict) -> dict:
                 request.preempted = True
                 waiting.append(running.pop(slot))
         step += 1
+    # All have gone through, and no more pages are held than the last step's requests need.
+    assert all(len(getattr(reader, "_sequences", ())) <= slots for reader, _ in processor._models)
     return {"calls": [results], "preemptions": len(results)}
 
 

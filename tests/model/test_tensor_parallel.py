@@ -21,6 +21,7 @@ from tests.model import tensor_parallel_worker as worker
 from tests.tiny import byte_tokenizer, tiny_llama
 from tests.values.value_models import CONFIGS
 from vas_engine import LLM
+from vas_engine.cli import main
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError
 from vas_engine.model import CausalLM
 from vas_engine.model.ranks import sharding
@@ -133,3 +134,41 @@ def test_refusals(folder, monkeypatch) -> None:
         LLM(folder / "base", tensor_parallel_size=4, device="cpu")
     with pytest.raises(UnsupportedModelError, match="no tensor-parallel plan"):
         sharding(GPT2Config(), 2)
+
+
+def test_the_command_line_starts_the_ranks(folder, tmp_path) -> None:
+    """One command, what one process writes, written once."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\nThe old king\n")
+    words = ["generate", str(folder / "text"), "--file", str(prompts), "--value", f"kind={folder / 'kind'}"]
+    words += ["--weight", "kind=2", "--seed", "1", "--max-tokens", "8", "--json", "--quiet"]
+    command = [sys.executable, "-m", "vas_engine.cli", *words]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True)
+    with subprocess.Popen(
+        [*command, "--tensor-parallel-size", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            written, errors = run.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 0, errors
+    one, two = ([json.loads(line) for line in text.splitlines()] for text in (alone.stdout, written))
+    assert len(two) == 2
+    assert [o["outputs"][0]["token_ids"] for o in two] == [o["outputs"][0]["token_ids"] for o in one]
+
+
+@pytest.mark.parametrize("given", [[], ["--file", "-"]])
+def test_ranks_do_not_read_stdin(folder, given, capsys) -> None:
+    assert main(["generate", str(folder / "text"), *given, "--tensor-parallel-size", "2"]) == 1
+    assert "cannot all read stdin" in capsys.readouterr().err
+
+
+def test_ranks_are_not_for_endpoints(capsys) -> None:
+    words = ["generate", "--api-base", "http://127.0.0.1:1/v1", "--api-model", "NAME", "Once", "--max-tokens", "4"]
+    assert main([*words, "--tensor-parallel-size", "2"]) == 1
+    assert "not with --api-base" in capsys.readouterr().err

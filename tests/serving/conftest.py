@@ -16,12 +16,15 @@ import torch
 
 pytest.importorskip("fastapi", reason="serving needs pip install 'vas-engine[serve]'")
 
+from tests.engine.conftest import network
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM
+from vas_engine.integrations.remote import RemoteLLM
+from vas_engine.model import CausalLM
 from vas_engine.serving.app import State, create_app
 from vas_engine.serving.server import Server, listen
 from vas_engine.serving.settings import Settings
-from vas_engine.values.config import default_config
+from vas_engine.values.config import HeadConfig, default_config
 from vas_engine.values.network import ValueNetwork
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -97,6 +100,27 @@ def serving(llm: LLM | None = None, tracer: Any | None = None, **settings) -> It
             server._loop.call_soon_threadsafe(server.drain)
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def upstream() -> Iterator[Served]:
+    """A server of the same model without values, to be behind another."""
+    llm = LLM(tiny_llama(), device="cpu", kv_cache_memory="4MiB", tokenizer=byte_tokenizer(chat_template=TEMPLATE))
+    with serving(llm, max_waiting=4096) as running:
+        yield running
+        running.check_idle()
+
+
+@contextlib.contextmanager
+def proxying(behind: Served, **settings) -> Iterator[Served]:
+    """A server in front of another, whose model it guides by the value "kind"."""
+    value = network("model", CausalLM.load(tiny_llama()), (HeadConfig("kind", std=0.5),))
+    tokenizer = byte_tokenizer(chat_template=TEMPLATE)
+    llm = RemoteLLM(behind.url + "/v1", "tiny", {"kind": value}, tokenizer=tokenizer, backoff=0.0)
+    with serving(llm, **settings) as running:
+        yield running
+        assert running.server._loop is not None
+        asyncio.run_coroutine_threadsafe(running.state.worker.idle(), running.server._loop).result(60)
 
 
 @pytest.fixture(scope="module")

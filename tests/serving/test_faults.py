@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.serving.conftest import Served, make_llm, serving
+from tests.serving.test_security import resident
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
 from vas_engine.cli import main
@@ -108,6 +111,31 @@ def test_a_full_queue_refuses_and_keeps_what_it_took(pool: ThreadPoolExecutor, e
         assert [future.result()["choices"][0]["text"] for future in taken] == [expected] * 5
         served.check_idle()
         assert served.post("/v1/completions", ASKED).status_code == 200
+
+
+def test_priorities_say_who_is_next(pool: ThreadPoolExecutor) -> None:
+    llm = make_llm(max_num_seqs=1)
+    gate, step, ran = StepGate(llm), llm.engine.step, []
+
+    def noted():
+        events = step()
+        ran.extend(sequence.priority for sequence in llm.engine.scheduler.running)
+        return events
+
+    llm.engine.step = noted  # type: ignore[method-assign]
+    with serving(llm) as served:
+        futures = []
+        for priority in (5, 7, 0, 3):
+            futures.append(pool.submit(served.post, "/v1/completions", {**ASKED, "priority": priority}))
+            until(lambda: served.state.worker.open_completions == len(futures))
+            if priority == 5:
+                until(lambda: gate.arrived == 1)
+                gate.permit(2)
+                until(lambda: gate.steps == 2 and gate.arrived == 3)
+        gate.open()
+        assert {future.result().status_code for future in futures} == {200}
+    # The first gives way to its betters and is resumed before the last.
+    assert [priority for priority, _ in itertools.groupby(ran)] == [5, 0, 3, 5, 7]
 
 
 def test_a_request_takes_no_longer_than_it_may(served: Served) -> None:
@@ -217,6 +245,28 @@ def test_a_failing_step_takes_down_its_own_requests(pool: ThreadPoolExecutor, ex
             assert future.result().json()["choices"][0]["text"] == expected
         served.check_idle()
         assert served.complete(**{k: v for k, v in ASKED.items() if k != "model"})["choices"][0]["text"] == expected
+
+
+def test_neither_http_nor_tokenising_holds_the_engine(pool: ThreadPoolExecutor, expected: str) -> None:
+    llm = make_llm()
+    gate = StepGate(llm)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        release.wait(60)
+
+    with serving(llm) as served:
+        future = pool.submit(served.post, "/v1/completions", ASKED)
+        until(lambda: gate.arrived == 1)
+        served.state._tokenizing.submit(release.wait, 60)
+        served.server._loop.call_soon_threadsafe(hold)
+        assert held.wait(60)
+        gate.open()
+        until(lambda: gate.steps >= 100 and not llm.engine.has_unfinished)
+        assert not future.done()
+        release.set()
+        assert future.result().json()["choices"][0]["text"] == expected
 
 
 def test_a_broken_engine_says_so() -> None:
@@ -335,6 +385,37 @@ def test_sigterm_under_load_loses_nothing(folder: Path, pool: ThreadPoolExecutor
         assert running.wait(60) == 0
 
 
+def test_spans_reach_their_collector(folder: Path) -> None:
+    """By the time the server has ended; none of them tells what was asked."""
+    proto = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v1/traces"
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        with process(folder, "--served-model-name", "tiny", "--otlp-traces-endpoint", endpoint) as (running, url):
+            assert httpx.post(url + "/v1/completions", json=ASKED, timeout=60).status_code == 200
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(60) == 0
+        collector.shutdown()
+    exports = [proto.ExportTraceServiceRequest.FromString(body) for body in bodies]
+    spans = [span for e in exports for r in e.resource_spans for scope in r.scope_spans for span in scope.spans]
+    assert [span.name for span in spans] == ["POST /v1/completions"]
+    told = {attribute.key: attribute.value for attribute in spans[0].attributes}
+    assert told["gen_ai.usage.output_tokens"].int_value == 100
+    assert ASKED["prompt"].encode() not in b"".join(bodies)
+
+
 def test_a_second_signal_does_not_wait(pool: ThreadPoolExecutor) -> None:
     llm = make_llm()
     gate = StepGate(llm)
@@ -383,7 +464,10 @@ def test_a_long_soak(expected: str) -> None:
 
 
 def soak(count: int) -> None:
-    """Random requests of every sort at once, some of which are given up or fail: the others get their tokens."""
+    """Random requests of every sort at once, some of which are given up or fail: the others get their tokens.
+
+    The second half of them takes no memory that the first did not.
+    """
     llm = make_llm(max_num_seqs=8, kv_cache_memory="300KiB")  # few enough pages that requests push each other out
     rng = random.Random(3)
     bodies = [
@@ -426,7 +510,7 @@ def soak(count: int) -> None:
                 texts.setdefault(json.dumps(body), found)
                 assert texts[json.dumps(body)] == found
 
-        async def run() -> None:
+        async def run(start: int, end: int) -> None:
             # The client's own queue for connections would take time by the square of what waits in it.
             seats = asyncio.Semaphore(24)
 
@@ -434,11 +518,18 @@ def soak(count: int) -> None:
                 async with seats:
                     await live(client, body, fate)
 
-            async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
-                await asyncio.gather(*(one(client, *pair) for pair in zip(bodies, fates, strict=True)))
+            async with httpx.AsyncClient(base_url=served.url, timeout=600) as client:
+                await asyncio.gather(
+                    *(one(client, *pair) for pair in zip(bodies[start:end], fates[start:end], strict=True))
+                )
 
-        asyncio.run(run())
+        half = count // 2
+        asyncio.run(run(half, count))
         served.check_idle()
+        before = resident()
+        asyncio.run(run(0, half))
+        served.check_idle()
+        assert resident() - before < 64 * 2**20
         assert llm.engine.scheduler.num_preemptions > 0
         assert not served.state.worker._streams
     alone = make_llm()

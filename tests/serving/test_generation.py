@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-from tests.serving.conftest import TEMPLATE, Served, make_llm
+from tests.engine.conftest import distributional, network
+from tests.serving.conftest import TEMPLATE, Served, make_llm, serving
+from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
+from vas_engine.model import CausalLM
 
 GUIDED = {"vas_weights": {"kind": 3.0, "long": -2.0}, "vas_candidates": 8}
 
@@ -145,6 +148,18 @@ def test_value_controls_arrive(served: Served, offline: LLM) -> None:
     assert "distributional" in refused(served, "vas_tilt", vas_tilt="optimal", **GUIDED)
 
 
+def test_the_optimal_tilt_arrives() -> None:
+    def made() -> LLM:
+        value = network("reader", CausalLM.load(tiny_llama()), (distributional(),))
+        return LLM(tiny_llama(), {"v": value}, device="cpu", kv_cache_memory="4MiB", tokenizer=byte_tokenizer())
+
+    expected, mean = (run(made(), "Once", params(values={"v": 4.0}, tilt=tilt))[0].text for tilt in ("optimal", "mean"))
+    with serving(made()) as served:
+        asked = {"seed": 5, "max_tokens": 12, "vas_weights": {"v": 4.0}}
+        assert served.complete("Once", vas_tilt="optimal", **asked)["choices"][0]["text"] == expected != mean
+        assert served.complete("Once", **asked)["choices"][0]["text"] == mean
+
+
 def test_token_ids_as_prompt_and_echo(served: Served) -> None:
     by_text = served.complete("Once", seed=1, echo=True)["choices"][0]["text"]
     assert by_text.startswith("Once")
@@ -253,9 +268,6 @@ def test_a_bad_prompt_in_a_list_leaves_nothing_behind(served: Served) -> None:
 
 
 def test_chat_without_a_template_says_what_to_do() -> None:
-    from tests.serving.conftest import serving
-    from tests.tiny import byte_tokenizer
-
     with serving(make_llm(tokenizer=byte_tokenizer())) as bare:
         assert "no chat template" in refused(bare, "messages", "/v1/chat/completions")
     with serving(make_llm(tokenizer=byte_tokenizer()), chat_template=TEMPLATE) as given:
@@ -274,6 +286,8 @@ def test_information(served: Served) -> None:
         assert client.get("/v1/models/..%2F..%2Fetc%2Fpasswd").status_code == 404
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/version").json()["version"]
+        for elsewhere in ("/docs", "/redoc"):  # FastAPI's pages run scripts of a CDN
+            assert client.get(elsewhere).status_code == 404
     tokens = served.post("/tokenize", {"prompt": "héllo", "return_token_strs": True}).json()
     assert tokens["tokens"] == list("héllo".encode())
     assert len(tokens["token_strs"]) == tokens["count"] == 6
@@ -306,3 +320,8 @@ def test_metrics_count(served: Served) -> None:
     assert gained(f"vas:value_evaluations_total{label}") > 0
     for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert after[f"vllm:{gauge}{label}"] == 0
+    assert gained(f"vllm:prefix_cache_queries_total{label}") == 15  # the last token is computed in any case
+    assert after[f"vas:value_evaluations_per_token{label}"] > 0
+    assert after[f"vas:rows_per_step{label}"] >= 1
+    assert {f"vllm:num_preemptions_total{label}", f"vllm:prefix_cache_hits_total{label}"} <= after.keys()
+    assert f"vas:pruned_share{label}" in after

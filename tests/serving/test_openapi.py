@@ -1,4 +1,7 @@
-"""schemathesis against the server's own OpenAPI document: what fits it works, what does not is refused, no 5xx."""
+"""schemathesis against the server's own OpenAPI document: what fits it works, what does not is refused, no 5xx.
+
+Also against a server whose model is behind an API.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 
-from tests.serving.conftest import Served, serving
+from tests.serving.conftest import Served, proxying, serving, upstream
 
 pytest.importorskip("schemathesis")
 
@@ -81,6 +84,43 @@ def test_an_operation(open_server: Served, schema, path: str, method: str, mode:
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
 def test_an_operation_at_length(open_server: Served, schema, path: str, method: str, mode: GenerationMode) -> None:
     fuzz(open_server, schema, path, method, mode, 500)
+
+
+# -- a model behind an API -----------------------------------------------------------------------------------
+
+RELAYED = [operation for operation in OPERATIONS if not operation[0].startswith("/admin/values")]
+
+
+@pytest.fixture(scope="module")
+def relaying():
+    with upstream() as behind, proxying(behind, model_name="tiny", admin_key="root") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def relayed_schema(relaying: Served):
+    return schemathesis.openapi.from_url(relaying.url + "/openapi.json")
+
+
+def test_every_operation_is_relayed(relayed_schema) -> None:
+    found = {(op.path, op.method.upper()) for op in (result.ok() for result in relayed_schema.get_all_operations())}
+    assert found == set(RELAYED)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("path", "method"), RELAYED[:4])
+def test_a_relayed_operation(relaying: Served, relayed_schema, path: str, method: str, mode: GenerationMode) -> None:
+    fuzz(relaying, relayed_schema, path, method, mode, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("path", "method"), RELAYED)
+def test_a_relayed_operation_at_length(
+    relaying: Served, relayed_schema, path: str, method: str, mode: GenerationMode
+) -> None:
+    fuzz(relaying, relayed_schema, path, method, mode, 200)
 
 
 def fuzz(server: Served, schema, path: str, method: str, mode: GenerationMode, examples: int) -> None:

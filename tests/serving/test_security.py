@@ -354,7 +354,7 @@ def malformed(count: int) -> None:
 
     async def run(url: str, number: int) -> None:
         statuses = set()
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=16)) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=16)) as client:
 
             async def one(content: bytes) -> None:
                 path = rng.choice(["/v1/completions", "/v1/chat/completions", "/tokenize"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vas_engine.commands.options import (
     add_api_options,
     add_model_options,
+    add_ranks_option,
     add_sampling_options,
     load_llm,
     load_remote,
@@ -37,6 +38,7 @@ examples:
   vas generate MODEL --value kind=V1 --value short=V2 --weight kind=2 --weight short=-1 --file prompts.txt
   echo "Once upon a time" | vas generate MODEL --seed 7 > story.txt
   vas generate MODEL --file prompts.jsonl --json --logprobs 5 > results.jsonl
+  vas generate MODEL "Once upon a time" --tensor-parallel-size 2
   vas generate MODEL --chat "Write a poem" --temperature 0.7 --n 3
   vas generate --api-base http://127.0.0.1:8000/v1 --api-model NAME "Once upon a time" --max-tokens 50 \\
       --value kind=VALUE --value-tokenizer kind=FOLDER --weight kind=2 --state-file run.jsonl
@@ -64,6 +66,7 @@ def add_parser(subparsers: Any) -> None:
     add("--quiet", action="store_true", help="nothing on stderr but errors")
     add_sampling_options(parser)
     add_model_options(parser)
+    add_ranks_option(parser)
     _add_api_options(parser)
     parser.set_defaults(run=run)
 
@@ -82,6 +85,8 @@ def _add_api_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; 1 if a prompt failed."""
+    from vas_engine.model.ranks import is_first
+
     params = read_params(args)
     if params.guided and not args.value:
         raise InvalidArgumentError("--weight", args.weight[0], "no value is loaded; add --value NAME=FOLDER")
@@ -91,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgumentError("MODEL", None, "give a folder or hub name, or --api-base URL")
     records = list(_read_records(args))
     llm: Any = load_llm(args) if args.api_base is None else _load_remote(args)
+    if not is_first():  # the others do the same and say nothing
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     requests = [_read_request(record, llm, params, args) for record in records]
     if args.show_values:
         requests = [(prompt, _watching(own, llm.value_names)) for prompt, own in requests]
@@ -113,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
 def _load_remote(args: argparse.Namespace) -> RemoteLLM:
     if args.api_model is None:
         raise InvalidArgumentError("--api-model", None, "say how the endpoint calls its model")
+    if args.tensor_parallel_size is not None:
+        raise InvalidArgumentError("--tensor-parallel-size", args.tensor_parallel_size, "not with --api-base")
     for option, given in (("--chat", args.chat), ("--show-values", args.show_values and not args.tokenizer)):
         if given:
             fix = "needs token ids: add --tokenizer" if option == "--show-values" else "not with --api-base"
@@ -137,6 +146,9 @@ def _read_records(args: argparse.Namespace) -> Iterable[Any]:
         raise InvalidArgumentError("--file", args.file, "give prompts as arguments or in a file, not both")
     if args.prompts:
         return args.prompts
+    if args.file in (None, "-") and (args.tensor_parallel_size or 1) > 1:
+        fix = "several processes cannot all read stdin; give prompts as arguments or in a file"
+        raise InvalidArgumentError("--tensor-parallel-size", args.tensor_parallel_size, fix)
     if args.file:
         return _read_file(args.file)
     if sys.stdin is None or sys.stdin.isatty():

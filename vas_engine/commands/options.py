@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.params import SamplingParams
@@ -87,6 +88,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="compile the model while loading: about a second a layer, then faster steps",
     )
     add("--no-prefix-caching", dest="enable_prefix_caching", action="store_const", const=False)
+
+
+def add_ranks_option(parser: argparse.ArgumentParser) -> None:
+    """How many processes share the model; `load_llm` reads it."""
+    parser.add_argument(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="processes that share the model, one an accelerator; this command starts them (by torchrun)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -183,14 +194,29 @@ def load_remote(args: argparse.Namespace, url: str, model: str, other: str, body
 
 
 def load_llm(args: argparse.Namespace, values: Any = None) -> LLM:
-    """The LLM that the model options describe; `values` in place of those that they name."""
+    """The LLM that the model options describe; `values` in place of those that they name.
+
+    With a --tensor-parallel-size the command begins anew as so many processes, which then get here.
+    """
+    size = getattr(args, "tensor_parallel_size", None)
+    ranks = 1 if size is None else size
+    if ranks > 1 and "WORLD_SIZE" not in os.environ:
+        _start_ranks(ranks, args.words)
     from transformers.utils import logging
 
     from vas_engine.llm import LLM
 
     if getattr(args, "quiet", False) or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return LLM(args.model, read_values(args.value) if values is None else values, **_given(args, _MODEL_OPTIONS))
+    loaded = read_values(args.value) if values is None else values
+    return LLM(args.model, loaded, tensor_parallel_size=ranks, **_given(args, _MODEL_OPTIONS))
+
+
+def _start_ranks(count: int, words: Sequence[str]) -> NoReturn:
+    """This command in so many processes in place of this one."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    os.execv(sys.executable, [*command, "-m", "vas_engine.cli", *words])
 
 
 def read_values(values: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
-from vas_engine.values.scorer import Scorer
+from vas_engine.values.scorer import Scorer, value_names
 
 Hidden = dict[int, torch.Tensor]
 """Hidden-state index -> [rows, hidden size], as the base model's forward returns them."""
@@ -74,18 +74,13 @@ class Guide:
     def _arrange(self, scorers: Mapping[str, Scorer]) -> None:
         numbers = {network.name: network.number for network in self.networks}
         networks: list[Network] = []
-        value_names: list[str] = []
-        for name, scorer in scorers.items():
-            heads = [head.name for head in scorer.config.heads]
-            names = heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
-            columns = slice(len(value_names), len(value_names) + len(names))
-            for value in names:
-                if value in value_names:
-                    raise InvalidArgumentError("values", value, "two networks give this name; load one under another")
-            value_names += names
+        names: list[str] = []
+        for name, own in value_names(scorers).items():
+            columns = slice(len(names), len(names) + len(own))
+            names += own
             number = numbers[name] if name in numbers else next(self._numbers)
-            networks.append(Network(name, scorer, columns, number))
-        self.networks, self.value_names = networks, value_names
+            networks.append(Network(name, scorers[name], columns, number))
+        self.networks, self.value_names = networks, names
         self.states = sorted({j for network in networks for j in network.scorer.states})
         bounds = [b for network in networks for b in network.scorer.heads.bounds]
         self._low = np.array([low for low, _ in bounds], np.float64)

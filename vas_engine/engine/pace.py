@@ -3,6 +3,7 @@
 A step's time is modelled as a sum of four parts: a fixed one, one for each row of the base model, one for each token
 of prefix that is read, one for each candidate scored. The cost model says what each ought to be on a nominal machine;
 what the steps are measured to take corrects each part by a factor of its own (a Kalman filter whose state drifts).
+Where that is not enough, on a machine that does other things too, a margin grows until few steps are late.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ NOMINAL = cost.Device("nominal", 2e10, {"float32": 1e11, "bfloat16": 1e11, "floa
 _FALLBACK = (1e-3, 1e-5, 1e-8, 2e-6)  # for models that the cost model cannot count
 _DRIFT, _DOUBT, _WARM_UP = 1e-4, 100.0, 20
 _MARGIN = 2.0  # standard deviations of what the model cannot tell
+_LATE = 0.01  # share of steps that may take longer than the bound
+_WIDEN = 0.05  # of the bound, by which a late step widens the margin
+_FOLLOW = 0.05  # share of a step's news in a running mean
 
 
 class Pace:
@@ -41,12 +45,15 @@ class Pace:
         self._factors = np.ones(4)
         self._doubt = np.eye(4) * _DOUBT
         self._noise = 0.0  # variance of the residuals, seconds squared
+        self._margin = 0.0  # seconds kept free beside what the noise asks for
+        self._rest = 0.0  # seconds of a step that follow the choice of its candidates, less those of the candidates
+        self._elapsed: float | None = None  # at the choice of the present step's candidates
         self._seen = 0
 
     @property
     def budget(self) -> float:
-        """Seconds to plan with: the bound less what steps of equal size differ by."""
-        return max(self.bound - _MARGIN * math.sqrt(self._noise), self.bound / 2)
+        """Seconds to plan with: the bound less what steps of equal size differ by, and less what keeps few late."""
+        return max(self.bound - _MARGIN * math.sqrt(self._noise) - self._margin, self.bound / 2)
 
     def predict(self, rows: float, context: float, scored: float) -> float:
         """Seconds of a step with so many rows, tokens of prefix read and candidates scored."""
@@ -54,6 +61,10 @@ class Pace:
 
     def observe(self, rows: int, context: int, scored: int, seconds: float) -> None:
         """Learns from a step."""
+        late = seconds > self.bound
+        # A step that was short for want of work says nothing about the margin.
+        if self._seen > _WARM_UP and (late or self.predict(rows, context, scored) > 0.9 * self.budget):
+            self._margin = min(max(self._margin + _WIDEN * self.bound * (late - _LATE), 0.0), self.bound / 2)
         if not self._seen:  # of the guess only the ratios are meant
             self._parts = self._parts * (seconds / self.predict(rows, context, scored))
         inputs = self._parts * (1.0, rows, context, scored)
@@ -69,6 +80,10 @@ class Pace:
         self._doubt -= np.outer(gain, spread)
         share = 1 / min(self._seen, 50)
         self._noise += share * (min(error * error, self.bound**2) - self._noise)
+        if self._elapsed is not None:
+            rest = min(seconds, 2 * self.bound) - self._elapsed - self._each[3] * scored
+            self._rest += _FOLLOW * (rest - self._rest)
+            self._elapsed = None
 
     def prompt_rows(self, rows: int, context: int, floor: int) -> int:
         """Rows of prompts that fit beside the decoding ones.
@@ -81,8 +96,9 @@ class Pace:
         return max(int(left / self._each[1]), 0)
 
     def candidates(self, elapsed: float) -> int:
-        """Candidates that can be scored in what is left of a step."""
-        return max(int((self.budget - elapsed) / self._each[3]), 0)
+        """Candidates that can be scored in what is left of a step, of which so many seconds have gone."""
+        self._elapsed = elapsed
+        return max(int((self.budget - elapsed - self._rest) / self._each[3]), 0)
 
     @property
     def _each(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from vas_engine.params import SamplingParams
 from vas_engine.sampling import value_tilt
 from vas_engine.values.artifact import load_value, read_config
 from vas_engine.values.files import read_json
+from vas_engine.values.scorer import Scorer, value_names
 from vas_engine.values.value_model import ValueModel
 
 BLOCKS_AT_FIRST = 64
@@ -76,8 +78,9 @@ class _Sequence:
     blocks: list[int] = field(default_factory=list)
     output: Tensor | None = None
     """Head output [O] after the last token."""
-    next_rows: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
-    """Token -> its row in the last forward, whose K/V still wait to be written, and its head output."""
+    next_rows: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Token -> its row in the last forward, whose K/V still wait to be written, and its line of `next_outputs`."""
+    next_outputs: Tensor | None = None
 
 
 class PrefixValues:
@@ -139,20 +142,21 @@ class PrefixValues:
                 plan.append((sequence, last if start < len(prefix) else None, places))
             for other in self._sequences.values():
                 other.next_rows = {}
-            outputs = self._run(
-                rows, [place for _, own, places in plan for place in (own, *places) if place is not None]
-            )
+            wanted = [place for _, own, places in plan for place in (own, *places) if place is not None]
+            outputs = self._run(rows, wanted)
         finally:
             self._free += borrowed
-        results = []
+        results, line = [], 0
         for (sequence, own, places), prefix, ends in zip(plan, prefixes, suffixes, strict=True):
             sequence.tokens = list(prefix)
             if own is not None:
-                sequence.output = outputs[own]
+                sequence.output, line = outputs[line], line + 1
             assert sequence.output is not None
-            known = zip(ends, places, strict=True)
-            sequence.next_rows = {end[0]: (place, outputs[place]) for end, place in known if len(end) == 1}
-            results.append(torch.stack([sequence.output, *(outputs[place] for place in places)]))
+            after, line = outputs[line : line + len(places)], line + len(places)
+            known = enumerate(zip(ends, places, strict=True))
+            sequence.next_rows = {end[0]: (place, index) for index, (end, place) in known if len(end) == 1}
+            sequence.next_outputs = after
+            results.append(torch.cat([sequence.output[None], after]))
         return results
 
     def _add_long(
@@ -183,7 +187,9 @@ class PrefixValues:
             sequence = self._sequences.get(key)
             if sequence is None or prefix[-1] not in sequence.next_rows or list(prefix[:-1]) != sequence.tokens:
                 continue
-            row, sequence.output = sequence.next_rows[prefix[-1]]
+            row, line = sequence.next_rows[prefix[-1]]
+            assert sequence.next_outputs is not None
+            sequence.output = sequence.next_outputs[line]
             place = len(sequence.tokens)
             rows.append(row)
             slots.append(sequence.blocks[place // self.block_size] * self.block_size + place % self.block_size)
@@ -230,13 +236,13 @@ class PrefixValues:
         self._free += range(self._blocks, more)
         self._blocks = more
 
-    def _run(self, rows: _Rows, wanted: list[int]) -> dict[int, Tensor]:
-        if not rows.count:
-            return {}
+    def _run(self, rows: _Rows, wanted: list[int]) -> Tensor:
+        """Head outputs of the wanted rows, on the CPU."""
+        if not wanted:
+            return torch.zeros(0, self.value.config.outputs)
         device = self.value.lm_of_values.device
         places = torch.tensor(wanted, device=device)
-        output = self.value.score(rows.token_ids(device), None, None, rows.batch(device), places).float().cpu()
-        return dict(zip(wanted, output, strict=True))
+        return self.value.score(rows.token_ids(device), None, None, rows.batch(device), places).float().cpu()
 
 
 class _Rows:
@@ -277,56 +283,71 @@ class _Rows:
 
 
 class Values:
-    """Value models under their names, and the tilt that a request's weights make of their outputs.
+    """Values under their names, and the tilts that requests' weights make of their outputs.
 
     Args:
-        models: name -> value model; of several heads each goes by "name.head".
+        models: name -> value; of several heads each goes by "name.head".
 
     Attributes:
-        names: what weights refer to.
+        names: what weights refer to. names_of: those of each model.
     """
 
-    def __init__(self, models: Mapping[str, ValueModel]) -> None:
+    def __init__(self, models: Mapping[str, Scorer]) -> None:
         self.models = dict(models)
-        self.names: list[str] = []
-        for name, model in self.models.items():
-            heads = [head.name for head in model.config.heads]
-            self.names += heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise InvalidArgumentError("values", name, "two values give this name; load one under another")
+        self.names_of = value_names(self.models)
+        self.names = list(itertools.chain.from_iterable(self.names_of.values()))
 
-    def tilt(self, outputs: Sequence[Tensor], params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-        """T of one sequence's candidates, and V of its state and of each of them.
+    def check(self, params: SamplingParams) -> None:
+        """Raises InvalidArgumentError for the optimal tilt of a scalar head."""
+        heads = [head for model in self.models.values() for head in model.config.heads]
+        for name, head in zip(self.names, heads, strict=True):
+            if params.tilt == "optimal" and (params.values or {}).get(name) and not head.distributional:
+                fix = f"value {name!r} has a scalar head; use tilt='mean' or train it --distributional"
+                raise InvalidArgumentError("tilt", params.tilt, fix)
+
+    def tilts(
+        self, outputs: Sequence[Sequence[Tensor]], params: Sequence[SamplingParams]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """T of sequences' candidates, and V of their states and of each candidate.
 
         Args:
-            outputs: of each model in order [1 + c, O], the state's first.
-            params: weights, tilt, baseline and clip.
+            outputs: of each model in order, of each sequence [1 + c, O], the state's first.
+            params: of each sequence: weights, tilt, baseline and clip, checked.
 
         Returns:
-            float64 [c] in nats, and float32 [1 + c, names] in the rewards' units.
-
-        Raises:
-            NonFiniteError: a value is not finite. InvalidArgumentError: the optimal tilt of a scalar head.
+            Of each sequence float64 [c] in nats, all NaN where a value of it is not finite, and float32
+            [1 + c, names] in the rewards' units.
         """
-        asked = params.values or {}
-        weights = torch.tensor([asked.get(name, 0.0) for name in self.names])
-        optimal = torch.full((len(outputs[0]),), params.tilt == "optimal")
+        if not params:
+            return []
+        counts = [len(output) for output in outputs[0]]
+        owner = np.repeat(np.arange(len(params)), counts)
+        weights = np.array([[(one.values or {}).get(name, 0.0) for name in self.names] for one in params], np.float32)
+        optimal = torch.from_numpy(np.array([one.tilt == "optimal" for one in params])[owner])
+        rows = torch.from_numpy(weights[owner])
         values, utilities, start = [], [], 0
-        for model, output in zip(self.models.values(), outputs, strict=True):
-            heads = model.heads
-            part = weights[start : start + len(heads.names)].expand(len(output), -1)
-            start += len(heads.names)
-            values.append(heads.mean(output))
-            utilities.append(heads.utility(output, part, optimal))
+        for model, given in zip(self.models.values(), outputs, strict=True):
+            output, end = torch.cat(list(given)), start + len(model.heads.names)
+            values.append(model.heads.mean(output))
+            utilities.append(model.heads.utility(output, rows[:, start:end], optimal))
+            start = end
         value, utility = torch.cat(values, 1).numpy(), torch.cat(utilities, 1).numpy()
-        if not np.isfinite(utility).all():
-            raise NonFiniteError("a value is not finite; check the value model with `vas info`")
-        base = utility[1:].mean(0) if params.baseline == "candidate-mean" else utility[0]
-        clip = np.inf if params.advantage_clip is None else params.advantage_clip
-        limits = np.zeros(len(weights))
-        size = np.abs(weights.numpy().astype(np.float64))
-        np.multiply(size, clip, out=limits, where=size != 0)
-        candidates = len(utility) - 1
-        tilt = value_tilt(utility[1:], base[None], limits[None], np.zeros(candidates, np.int64))
-        return tilt, value
+        firsts = np.cumsum([0, *counts[:-1]])
+        base = utility[firsts].copy()
+        for s, one in enumerate(params):
+            if one.baseline == "candidate-mean":
+                base[s] = utility[firsts[s] + 1 : firsts[s] + counts[s]].mean(0)
+        clips = [np.inf if one.advantage_clip is None else one.advantage_clip for one in params]
+        limits, size = np.zeros(weights.shape), np.abs(weights.astype(np.float64))
+        np.multiply(size, np.array(clips)[:, None], out=limits, where=size != 0)
+        tilt = value_tilt(utility, base, limits, owner)
+        broken = np.unique(owner[~np.isfinite(utility).all(1)])
+        tilt[np.isin(owner, broken)] = np.nan
+        cuts = firsts[1:]
+        return list(zip((t[1:] for t in np.split(tilt, cuts)), np.split(value, cuts), strict=True))
+
+
+def check_finite(tilt: np.ndarray) -> None:
+    """Raises NonFiniteError for the tilt of a sequence with a value that is not."""
+    if not np.isfinite(tilt).all():
+        raise NonFiniteError("a value is not finite; check the value model with `vas info`")

@@ -12,11 +12,11 @@ the tilt, and the tokens are those of this engine under the same seed.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,25 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from vas_engine.errors import InvalidArgumentError, NonFiniteError, nearest
-from vas_engine.integrations.value_models import Host, PrefixValues, Values, load_value_model
+from vas_engine.errors import InvalidArgumentError, NonFiniteError, VASError, nearest
+from vas_engine.integrations.value_models import Host, PrefixValues, Values, check_finite, load_value_model
+from vas_engine.integrations.vllm_states import SETTING, HeadValues, find_states, is_head, register
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays, Winners, choose, select
 from vas_engine.tokenizer import load_tokenizer
+from vas_engine.values.artifact import read_config
+from vas_engine.values.network import ValueNetwork
+from vas_engine.values.scorer import Scorer
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 except ImportError:  # before Model Runner V2
     ProcessorV2 = object
 
-__all__ = ["ValueLogitsProcessor", "engine_args"]
+__all__ = ["ValueLogitsProcessor", "engine_args", "register"]
 
 log = logging.getLogger("vas_engine.vllm")
 
-SETTING = "vas_values"
-"""Key in vLLM's `additional_config`."""
 ARGUMENTS = {
     "vas_weights": "values",
     "vas_candidates": "num_candidates",
@@ -52,10 +54,14 @@ ARGUMENTS = {
     "vas_clip": "advantage_clip",
 }
 """Keys in a request's `extra_args`, and what they are called here."""
+UNSEEN = (
+    "vLLM showed no hidden states for these logits; is `vas_engine` among the plugins that it loads (VLLM_PLUGINS), "
+    "and no other plugin's LogitsProcessor?"
+)
 SHARED = ("temperature", "top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
-_known_names: set[str] | None = None  # of the values that this process has been told of
+_known: dict[str, Scorer] = {}  # values that this process has been told of
 
 
 def engine_args(values: Mapping[str, str | Path]) -> dict[str, Any]:
@@ -65,12 +71,11 @@ def engine_args(values: Mapping[str, str | Path]) -> dict[str, Any]:
     ``--additional-config '{"vas_values": {"kind": "path"}}'``.
 
     Raises:
-        InvalidArgumentError, ValueArtifactError: a folder that holds no value model.
+        InvalidArgumentError, ValueArtifactError: a folder that holds no value model and no action head.
     """
-    global _known_names
     folders = {name: str(Path(folder).absolute()) for name, folder in values.items()}
-    loaded = Values({name: load_value_model(folder) for name, folder in folders.items()})
-    _known_names = {*(_known_names or ()), *loaded.names}
+    for name, folder in folders.items():
+        _known[name] = ValueNetwork(read_config(folder)) if is_head(folder) else load_value_model(folder)
     return {"additional_config": {SETTING: folders}}
 
 
@@ -117,8 +122,9 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
         folders = (vllm_config.additional_config or {}).get(SETTING) or {}
         self._requests: dict[int, _Request] = {}
         self._states: Any = place[0] if len(place) == 1 else None
+        self._config = vllm_config
         self._values: Values | None = None
-        self._models: list[tuple[PrefixValues, list[str]]] = []  # with the names of their values
+        self._models: list[tuple[PrefixValues | HeadValues, list[str]]] = []  # with the names of their values
         self._held: set[_Request] = set()
         if not folders:
             return
@@ -126,13 +132,19 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
             raise InvalidArgumentError(SETTING, folders, "speculative decoding draws tokens before values see them")
         model = vllm_config.model_config
         device = self._states.device if self._states is not None else torch.device(place[0])
-        dtype = torch.float32 if device.type == "cpu" else model.dtype
-        host = Host(model.get_vocab_size(), dtype, device)
+        host = Host(model.get_vocab_size(), model.dtype, device)
         tokenizer = load_tokenizer(model.tokenizer, None, None, required=False)
-        self._values = Values({name: load_value_model(folder, host, tokenizer) for name, folder in folders.items()})
-        names = iter(self._values.names)
-        for value in self._values.models.values():
-            self._models.append((PrefixValues(value), list(itertools.islice(names, len(value.config.heads)))))
+        readers: dict[str, PrefixValues | HeadValues] = {}
+        for name, folder in folders.items():
+            if is_head(folder):
+                register()  # for vLLM that did not load the plugin, where models come after processors
+                readers[name] = HeadValues(folder, model.model, model.revision, model.dtype, device, tokenizer)
+            else:
+                readers[name] = PrefixValues(load_value_model(folder, host, tokenizer))
+        self._values = Values({name: reader.value for name, reader in readers.items()})
+        self._models = [(reader, self._values.names_of[name]) for name, reader in readers.items()]
+        rooms = [reader.value.max_model_len for reader, _ in self._models if isinstance(reader, PrefixValues)]
+        self._room = min(rooms, default=math.inf)
         self._end = _end_token(model)
 
     # -- what both interfaces ask ----------------------------------------------------------------------------
@@ -144,7 +156,7 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
         Raises:
             InvalidArgumentError: naming the argument (a ValueError, which vLLM answers with status 400).
         """
-        _read_params(sampling_params, _known_names)
+        _read_params(sampling_params, Values(_known) if _known else None)
 
     def is_argmax_invariant(self) -> bool:
         """Without values it changes nothing."""
@@ -171,8 +183,9 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
     def _hold(self, requests: set[_Request]) -> None:
         """Gives back the pages of requests that are not in this step: ended, or preempted and to be filled again."""
         for gone in self._held - requests:
-            for prefixes, _ in self._models:
-                prefixes.forget(gone)
+            for reader, _ in self._models:
+                if isinstance(reader, PrefixValues):
+                    reader.forget(gone)
         self._held = requests
 
     # -- the older interface ---------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
             return None
         error = None
         try:
-            params = _read_params(given, self._values.names, penalties)
+            params = _read_params(given, self._values, penalties)
         except InvalidArgumentError as problem:  # the process that took the request did not know the names
             params, error = SamplingParams(), problem
         if params is None:
@@ -243,44 +256,59 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
             self._check(request, bool(finite))
         sound = [s for s, request in enumerate(requests) if request.error is None]
         columns = [np.flatnonzero(selection.filled[s] & (np.arange(tilt.shape[1]) != selection.tail[s])) for s in sound]
-        outputs = self._score(
-            [requests[s] for s in sound], [selection.token_ids[s, c] for s, c in zip(sound, columns, strict=True)]
-        )
+        candidates = [selection.token_ids[s, c] for s, c in zip(sound, columns, strict=True)]
+        outputs = self._score([requests[s] for s in sound], candidates, [rows[s] for s in sound], len(logits))
         assert self._values is not None
-        for s, places, output in zip(sound, columns, outputs, strict=True):
+        tilts = self._values.tilts(outputs, [requests[s].params for s in sound])
+        for s, places, (found, _) in zip(sound, columns, tilts, strict=True):
             try:
-                tilt[s, places] = self._values.tilt(output, requests[s].params)[0]
-            except (NonFiniteError, InvalidArgumentError) as error:
+                check_finite(found)
+                tilt[s, places] = found
+            except NonFiniteError as error:
                 requests[s].error = error
         winners: Winners = choose(selection, tilt)
         return [self._token(request, int(winners.token_id[s])) for s, request in enumerate(requests)]
 
-    def _score(self, requests: list[_Request], candidates: list[np.ndarray]) -> list[list[torch.Tensor]]:
-        """Outputs of every model for each request, [1 + candidates, O]; models that no request weighs do not run."""
-        results: list[list[torch.Tensor]] = [[] for _ in requests]
-        for prefixes, names in self._models:
+    def _score(
+        self, requests: list[_Request], candidates: list[np.ndarray], rows: list[int], count: int
+    ) -> list[list[torch.Tensor]]:
+        """Outputs of each value for every request, [1 + candidates, O]; values that no request weighs do not run.
+
+        Args:
+            rows: of each request among the `count` rows of logits.
+        """
+        results = []
+        for reader, names in self._models:
             users = [
                 i for i, request in enumerate(requests) if not (request.params.values or {}).keys().isdisjoint(names)
             ]
-            scored = prefixes.score(
-                [requests[i] for i in users],
-                [requests[i].tokens for i in users],
-                [[[int(token)] for token in candidates[i]] for i in users],
-            )
-            known = dict(zip(users, scored, strict=True))
-            for i, found in enumerate(results):
-                unused = torch.zeros(1 + len(candidates[i]), prefixes.value.config.outputs)
-                found.append(known.get(i, unused))
+            tokens = [requests[i].tokens for i in users]
+            found = [torch.zeros(1 + len(each), reader.value.config.outputs) for each in candidates]
+            results.append(found)
+            if not users:
+                continue
+            if isinstance(reader, HeadValues):
+                states = find_states(self._config, count)
+                if states is None:
+                    for i in users:
+                        requests[i].error = VASError(UNSEEN)
+                    continue
+                places = [rows[i] for i in users]
+                scored = reader.score(states[places], [len(each) for each in tokens], [candidates[i] for i in users])
+            else:
+                ends = [[[token] for token in candidates[i].tolist()] for i in users]
+                scored = reader.score([requests[i] for i in users], tokens, ends)
+            for i, output in zip(users, scored, strict=True):
+                found[i] = output
         return results
 
     def _check(self, request: _Request, finite: bool) -> None:
         if request.error is not None:
             return
-        room = min(prefixes.value.max_model_len for prefixes, _ in self._models)
         if not finite:
             request.error = NonFiniteError("the logits are not finite")
-        elif len(request.tokens) + 1 > room:
-            fix = f"a value model has {room} positions only; generate fewer tokens"
+        elif len(request.tokens) + 1 > self._room:
+            fix = f"a value model has {self._room} positions only; generate fewer tokens"
             request.error = InvalidArgumentError("max_tokens", len(request.tokens) + 1, fix)
 
     def _token(self, request: _Request, drawn: int) -> int:
@@ -290,10 +318,9 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
         return self._end
 
 
-def _read_params(
-    given: Any, names: Collection[str] | None, penalties: Sequence[str] = PENALTIES
-) -> SamplingParams | None:
-    """A vLLM request's settings as this engine's; None for one that is not guided."""
+def _read_params(given: Any, values: Values | None, penalties: Sequence[str] = PENALTIES) -> SamplingParams | None:
+    """A vLLM request's settings as this engine's, checked as far as the values are known; None for one that is not
+    guided."""
     extra = {key: value for key, value in (given.extra_args or {}).items() if key.startswith("vas_")}
     for key in extra:
         if key not in ARGUMENTS:
@@ -305,11 +332,26 @@ def _read_params(
     shared = {name: getattr(given, name) for name in (*SHARED, *penalties)}
     seed = None if given.seed is None else given.seed % 2**64
     params = SamplingParams(**shared, **options, seed=seed)
-    for name in params.values or ():
-        if names is not None and name not in names:
-            fix = f"no value of this name is loaded; {nearest(name, names)}"
-            raise InvalidArgumentError("vas_weights", name, fix)
+    if values is not None:
+        _check_values(params, values)
     return params
+
+
+def _check_values(params: SamplingParams, values: Values) -> None:
+    for name in params.values or ():
+        if name not in values.names:
+            fix = f"no value of this name is loaded; {nearest(name, values.names)}"
+            raise InvalidArgumentError("vas_weights", name, fix)
+    values.check(params)
+    heads = {name for n, m in values.models.items() if m.input == "action" for name in values.names_of[n]}
+    # Where only candidates are left, V(s) takes the same from all of them.
+    needed = params.baseline == "state" and (params.tail == "keep" or params.advantage_clip is not None)
+    if needed and (using := heads & (params.values or {}).keys()):
+        fix = (
+            f"the action head {min(using)!r} takes V(s) from the state before the prompt's last token, which vLLM does "
+            "not show; use vas_baseline='candidate-mean', or vas_tail='drop' without vas_clip"
+        )
+        raise InvalidArgumentError("vas_baseline", params.baseline, fix)
 
 
 def _weights(given: Any) -> Any:

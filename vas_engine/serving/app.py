@@ -175,6 +175,8 @@ def create_app(llm: LLM | RemoteLLM, settings: Settings, tracer: Any | None = No
         version=vas_engine.__version__,
         description="OpenAI-compatible serving of a language model guided by values.",
         lifespan=lifespan,
+        docs_url=None,  # these pages would run scripts of a CDN where the keys are
+        redoc_url=None,
         responses={status: {"model": protocol.ErrorBody, "description": text} for status, text in _ERRORS.items()},
     )
     app.state.vas = state
@@ -292,6 +294,7 @@ def _add_information(app: FastAPI, state: State) -> None:
             "created": state.created,
             "owned_by": "vas_engine",
             "max_model_len": state.llm.max_model_len,
+            "vas_token_ids": not isinstance(state.llm, RemoteLLM) or state.llm.tells_ids,
             "vas_values": state.llm.value_names,
             "vas_scales": {name: _scale(head) for name, head in state.worker.heads().items()},
             "vas_limits": {"logprobs": limits.logprobs, "candidates": limits.candidates},

@@ -33,6 +33,13 @@ class Observer(Protocol):
         """A step raised."""
 
 
+def report_tokens(observer: Observer, stream: Stream, output: RequestOutput, new: int, now: float) -> None:
+    """Tells an observer of a request's `new` tokens, if any, at a time of the monotonic clock."""
+    if new:
+        observer.tokens(output, new, now - stream.told, first=output.metrics.generated_tokens == new)
+        stream.told = now
+
+
 class Backend(Protocol):
     """Runs requests and lets their outputs grow. Called on the event loop that started it.
 

@@ -347,7 +347,8 @@ class CardLimits(BaseModel):
 class ModelCard(BaseModel):
     """`vas_values`: names that vas_weights may use; `vas_scales`: in which range their weights make sense.
 
-    `max_model_len` is null where a server does not know the context of the endpoint behind it.
+    `max_model_len` is null where a server does not know the context of the endpoint behind it; `vas_token_ids` is false
+    where it continues texts there: it takes no token ids then, and tells none.
     """
 
     id: str
@@ -355,6 +356,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int | None
+    vas_token_ids: bool
     vas_values: list[str]
     vas_scales: dict[str, ValueScale]
     vas_limits: CardLimits

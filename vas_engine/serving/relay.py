@@ -21,7 +21,7 @@ from vas_engine.integrations.remote import (
 from vas_engine.outputs import RequestOutput
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt
-from vas_engine.serving.backend import Observer, Totals
+from vas_engine.serving.backend import Observer, Totals, report_tokens
 from vas_engine.serving.errors import ServingError, bad_request
 from vas_engine.serving.stream import News, Stream
 from vas_engine.values.config import HeadConfig
@@ -144,11 +144,8 @@ class Relay:
                 self._idle.set()
 
     def _tell(self, stream: Stream, output: RequestOutput, new: int) -> None:
-        if new:
-            now = time.monotonic()
-            self._tokens += new
-            self._observer.tokens(output, new, now - stream.told, output.metrics.generated_tokens == new)
-            stream.told = now
+        self._tokens += new
+        report_tokens(self._observer, stream, output, new, time.monotonic())
         latest = News.of(output)
         if latest.error is not None:
             latest = latest._replace(error=_reported(latest.error), finished=True)

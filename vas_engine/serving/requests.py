@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vas_engine.errors import InvalidArgumentError
@@ -14,23 +14,7 @@ from vas_engine.serving.settings import Limits
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
 
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-)
+_SAME = {field.name for field in fields(SamplingParams)} & Sampling.model_fields.keys() - {"n", "max_tokens"}
 _GUIDED = {argument: name for argument, name in NAMES.items() if name.startswith("vas_") and argument != "values"}
 
 

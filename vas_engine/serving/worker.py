@@ -25,7 +25,7 @@ from vas_engine.errors import VASError
 from vas_engine.outputs import RequestOutput
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt
-from vas_engine.serving.backend import Observer, Totals
+from vas_engine.serving.backend import Observer, Totals, report_tokens
 from vas_engine.serving.stream import Mark, News, Stream
 from vas_engine.values.config import HeadConfig
 
@@ -43,9 +43,9 @@ class EngineThread:
         observer: is told of every step and token.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any | None, observer: Observer | None = None) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any | None, observer: Observer) -> None:
         self.engine = engine
-        self.observer = observer
+        self._observer = observer
         self.broken: BaseException | None = None
         self._front = OutputFront(engine, tokenizer)
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -220,14 +220,12 @@ class EngineThread:
             touched = self._front.step()
         except Exception as error:
             log.error("step failed", exc_info=error)
-            if self.observer is not None:
-                self.observer.failed_step()
+            self._observer.failed_step()
             touched = self._front.recover(error)
         finally:
             self._step_started = None
         now = time.monotonic()
-        if self.observer is not None:
-            self.observer.step(now - started)
+        self._observer.step(now - started)
         self._publish(touched, now)
 
     def _add(self, stream: Stream, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
@@ -251,12 +249,8 @@ class EngineThread:
         for output in touched:
             stream = self._streams[output.request_id]
             latest = News.of(output)
-            if self.observer is not None:
-                new = sum(len(o.delta_token_ids) for o in output.outputs)
-                if new:
-                    first = output.metrics.generated_tokens == new
-                    self.observer.tokens(output, new, now - stream.told, first)
-                    stream.told = now
+            new = sum(len(o.delta_token_ids) for o in output.outputs)
+            report_tokens(self._observer, stream, output, new, now)
             if latest.finished:
                 del self._streams[output.request_id]
             news.append((stream, latest))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from vas_engine.errors import InvalidArgumentError
 from vas_engine.values.config import ValueConfig
 from vas_engine.values.heads import Heads
 
@@ -91,3 +93,22 @@ class Scorer(Protocol):
 
         With branches [B, T + P K, O]: the entries behind the T value what these continue, place by place.
         """
+
+
+def value_names(scorers: Mapping[str, Scorer]) -> dict[str, list[str]]:
+    """What weights call the heads of networks: by a network's name, those of several heads "name.head", those of a
+    network under the empty name by their own.
+
+    Raises:
+        InvalidArgumentError: two values of one name.
+    """
+    names: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    for name, scorer in scorers.items():
+        heads = [head.name for head in scorer.config.heads]
+        names[name] = heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
+        for value in names[name]:
+            if value in taken:
+                raise InvalidArgumentError("values", value, "two networks give this name; load one under another")
+            taken.add(value)
+    return names

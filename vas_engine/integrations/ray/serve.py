@@ -76,7 +76,7 @@ def build_openai_app(args: Mapping[str, Any]) -> serve.Application:
 
     def build() -> ASGIApp:
         engines = serve.get_deployment_handle(ENGINE, app_name=serve.get_replica_context().app_name)
-        return Starlette(routes=[Route("/{path:path}", Relay(engines))], middleware=[Middleware(Gate, settings)])
+        return Starlette(routes=[Route("/{path:path}", Dispatcher(engines))], middleware=[Middleware(Gate, settings)])
 
     # Everything that may wait does so before the engines, not before the ingress.
     ingress = {"max_ongoing_requests": 10_000, "graceful_shutdown_timeout_s": settings.drain_timeout}
@@ -169,7 +169,7 @@ class Engine:
         await self._lifespan.__aexit__(None, None, None)
 
 
-class Relay:
+class Dispatcher:
     """ASGI application that has a replica answer, and another one if that dies before any of the answer has gone out.
 
     The start of an answer waits for the first of its body, so a stream can be run again until its first token. Nothing

@@ -182,10 +182,12 @@ class Endpoint:
         except EndpointError:
             return Card()
         owners = {card.get("owned_by") for card in cards}
-        fields = {"vas_return_candidates": 0} if "vas_engine" in owners else None
-        if "vllm" in owners:
-            fields = {"return_tokens_as_token_ids": True}
         named = next((card for card in cards if card.get("id") == self.model), {})
+        fields: dict[str, Any] | None = None
+        if "vas_engine" in owners and named.get("vas_token_ids", True):
+            fields = {"vas_return_candidates": 0}
+        elif "vllm" in owners:
+            fields = {"return_tokens_as_token_ids": True}
         length = named.get("max_model_len")
         return Card(fields, length if isinstance(length, int) else None, LLAMA_CPP in owners)
 

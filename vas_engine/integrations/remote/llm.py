@@ -26,7 +26,8 @@ from vas_engine.errors import InvalidArgumentError
 from vas_engine.integrations.remote.endpoint import TOKEN_ID, Alternative, Endpoint, Limits, NextToken, Spent
 from vas_engine.integrations.remote.errors import EndpointAnswerError
 from vas_engine.integrations.remote.journal import Journal
-from vas_engine.integrations.remote.values import Source, TextValues
+from vas_engine.integrations.remote.values import Ask, Source, TextValues
+from vas_engine.integrations.value_models import check_finite
 from vas_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt, read_prompts
@@ -45,6 +46,8 @@ _DECISION = 2**31 - 1  # stands for a token id in the noise of the decision betw
 MAX_TAIL_DRAWS = 200
 MAX_END_DRAWS = 50
 BANNED = -100.0
+MAX_TOGETHER = 64
+"""Most sequences that one pass of the values takes."""
 
 
 class RemoteLLM:
@@ -100,6 +103,8 @@ class RemoteLLM:
         if max_model_len is not None:
             arguments.integer("max_model_len", max_model_len, 2)
         self.max_model_len = max_model_len
+        self.tells_ids = False
+        """Whether sequences are continued as token ids; known when the endpoint has told what it is."""
         self.spent = Spent()
         self._api_key, self._extra, self._state_file = api_key, dict(extra_body or {}), state_file
         # A journal can only be gone on with if the same seeds come again.
@@ -166,6 +171,7 @@ class RemoteLLM:
             fix = "the tail cannot be drawn at another temperature than 1; use tail='drop', or temperature 0 or 1"
             raise InvalidArgumentError("temperature", params.temperature, fix)
         params.check(vocab_size=2**31, value_names=self.value_names)
+        self.values.values.check(params)
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
@@ -221,6 +227,8 @@ class Session:
         self.pieces = Pieces(llm.tokenizer)
         self._scoring = ThreadPoolExecutor(1, "values")
         self._meeting: asyncio.Task[None] | None = None
+        self._asked: list[tuple[Ask, asyncio.Future[tuple[np.ndarray, np.ndarray]]]] = []
+        self._passes: asyncio.Task[None] | None = None
         self._keys: dict[str, int] = {}
 
     def meet(self) -> asyncio.Task[None]:
@@ -232,6 +240,7 @@ class Session:
     async def _meet(self) -> None:
         card = await self.endpoint.card()
         self.id_fields = card.id_fields if self.llm.tokenizer is not None else None
+        self.llm.tells_ids = self.id_fields is not None
         self.llm.max_model_len = self.llm.max_model_len or card.max_model_len
         if card.silent_end:
             self.llm._ends.add("")
@@ -316,9 +325,10 @@ class Session:
             self._scoring.submit(self.llm.values.forget, text.key)
 
     async def close(self) -> None:
-        if self._meeting is not None:
-            self._meeting.cancel()
-            await asyncio.gather(self._meeting, return_exceptions=True)
+        for task in (self._meeting, self._passes):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._scoring.shutdown(cancel_futures=True)
 
     def unique(self, plan: Any) -> str:
@@ -327,10 +337,44 @@ class Session:
         self._keys[key] = self._keys.get(key, -1) + 1
         return f"{key}.{self._keys[key]}"
 
-    async def tilt(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The values' tilt, off the event loop; one at a time, for they share pages."""
+    async def tilt(self, ask: Ask) -> tuple[np.ndarray, np.ndarray]:
+        """The values' tilt, off the event loop. Who asks while a pass is under way shares the next one.
+
+        Raises:
+            NonFiniteError, InvalidArgumentError: of this one alone.
+        """
+        found: asyncio.Future[tuple[np.ndarray, np.ndarray]] = asyncio.get_running_loop().create_future()
+        self._asked.append((ask, found))
+        if self._passes is None or self._passes.done():
+            self._passes = asyncio.create_task(self._run_passes())
+        tilt, values = await found
+        check_finite(tilt)
+        return tilt, values
+
+    async def _run_passes(self) -> None:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._scoring, self.llm.values.tilt, *arguments)
+        while self._asked:
+            # Who has gone since is not to come back to the pages that were given free.
+            waiting = [(ask, found) for ask, found in self._asked if not found.done()]
+            self._asked = waiting[MAX_TOGETHER:]
+            asks = [ask for ask, _ in waiting[:MAX_TOGETHER]]
+            results = await loop.run_in_executor(self._scoring, self._tilts, asks)
+            for (_, found), result in zip(waiting, results, strict=False):
+                if found.done():
+                    continue
+                if isinstance(result, Exception):
+                    found.set_exception(result)
+                else:
+                    found.set_result(result)
+
+    def _tilts(self, asks: list[Ask]) -> list[Any]:
+        """What each asked for, or its error."""
+        values = self.llm.values
+        try:
+            return list(values.tilts(asks))
+        except Exception as error:
+            # One of them cannot be valued; the others are to have theirs.
+            return [error] if len(asks) == 1 else [self._tilts([ask])[0] for ask in asks]
 
 
 class _Text:
@@ -368,7 +412,7 @@ class _Text:
         if params.values:
             spelled = self.ids is None or self.session.llm.values.read_text
             known = [(self._text_of(c) if spelled else "", c.id, self._ends(c)) for c in candidates]
-            tilt, values = await self.session.tilt(self.key, self.text, self.ids, known, params)
+            tilt, values = await self.session.tilt(Ask(self.key, self.text, self.ids, known, params))
             self.metrics.value_evaluations += len(candidates)
         steps = _Policy(log_probs, tilt, params)
         # Keyed like the engine's noise where ids are known, else by the token's text.

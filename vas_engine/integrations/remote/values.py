@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,26 @@ from vas_engine.values.config import HeadConfig
 from vas_engine.values.value_model import ValueModel
 
 Source = str | Path | ValueModel
+
+
+class Ask(NamedTuple):
+    """A place of a text that is to be valued.
+
+    Attributes:
+        key: the sequence; what it shares with the last call under this key is not run again.
+        text: of the state, prompt included.
+        ids: the endpoint's token ids of it, where they are known.
+        candidates: (text, endpoint's token id where known, whether it ends the text).
+        params: how it is guided.
+    """
+
+    key: Hashable
+    text: str
+    ids: list[int] | None
+    candidates: Sequence[tuple[str, int | None, bool]]
+    params: SamplingParams
+
+
 # Pages of one token: a candidate that re-encodes to several tokens then shares all of the prefix.
 BLOCK_SIZE = 1
 
@@ -70,24 +91,10 @@ class TextValues:
         heads = [head for model in self.values.models.values() for head in model.config.heads]
         return dict(zip(self.names, heads, strict=True))
 
-    def tilt(
-        self,
-        key: Hashable,
-        text: str,
-        ids: list[int] | None,
-        candidates: Sequence[tuple[str, int | None, bool]],
-        params: SamplingParams,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """T of the candidates and V of the state and of each of them, as `Values.tilt`.
-
-        Args:
-            key: the sequence; what it shares with the last call under this key is not run again.
-            text: of the state, prompt included.
-            ids: the endpoint's token ids of it, where they are known.
-            candidates: (text, endpoint's token id where known, whether it ends the text).
-        """
-        outputs = [reader.outputs(key, text, ids, candidates) for reader in self._readers]
-        return self.values.tilt(outputs, params)
+    def tilts(self, asks: Sequence[Ask]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """T of the candidates and V of the state and of each of them, as `Values.tilts`, of all in one pass."""
+        outputs = [reader.outputs(asks) for reader in self._readers]
+        return self.values.tilts(outputs, [ask.params for ask in asks])
 
     def forget(self, key: Hashable) -> None:
         for reader in self._readers:
@@ -100,39 +107,58 @@ class _Reader:
     def __init__(self, cache: PrefixValues, tokenizer: Any, same: bool) -> None:
         self.cache, self.tokenizer, self.same = cache, tokenizer, same
 
-    def outputs(
-        self,
-        key: Hashable,
-        text: str,
-        ids: list[int] | None,
-        candidates: Sequence[tuple[str, int | None, bool]],
-    ) -> Tensor:
-        """Head outputs [1 + candidates, O], the state's first."""
-        encoded: list[list[int]]
-        if self.same and ids is not None:
-            encoded = [ids, *([*ids, token] for _, token, _ in candidates if token is not None)]
-        else:
-            end = self.tokenizer.eos_token_id
-            texts = [text, *(text if ends else text + more for more, _, ends in candidates)]
-            encoded = [list(row) for row in self.tokenizer(texts)["input_ids"]]
-            # The end of the text is a token of the value's own.
-            for row, (_, _, ends) in zip(encoded[1:], candidates, strict=True):
-                if ends and end is not None:
-                    row.append(end)
-        # As lists compare, what the least and the greatest share is shared by all.
-        pairs = enumerate(zip(min(encoded), max(encoded), strict=False))
-        shared = next((place for place, (a, b) in pairs if a != b), min(map(len, encoded)))
-        prefix = encoded[0][:shared]
-        if not prefix:
-            keys = [(key, place) for place in range(len(encoded))]
-            apart = torch.cat(self.cache.score(keys, encoded, [[]] * len(keys)))
-            for one in keys:
-                self.cache.forget(one)
-            return apart
-        longer = [row[len(prefix) :] for row in encoded if len(row) > len(prefix)]
-        found = self.cache.score([key], [prefix], [longer])[0]
-        places = iter(range(1, len(found)))
-        return found[[next(places) if len(row) > len(prefix) else 0 for row in encoded]]
+    def outputs(self, asks: Sequence[Ask]) -> list[Tensor]:
+        """Head outputs of each [1 + candidates, O], the state's first."""
+        keys: list[Hashable] = []
+        prefixes: list[list[int]] = []
+        longer: list[list[list[int]]] = []
+        lines: list[list[int]] = []  # of each ask: where its rows are among all that come back
+        count = 0
+        for ask, encoded in zip(asks, self._encode(asks), strict=True):
+            # As lists compare, what the least and the greatest share is shared by all.
+            pairs = enumerate(zip(min(encoded), max(encoded), strict=False))
+            shared = next((place for place, (a, b) in pairs if a != b), min(map(len, encoded)))
+            if shared:
+                keys.append(ask.key)
+                prefixes.append(encoded[0][:shared])
+                longer.append([row[shared:] for row in encoded if len(row) > shared])
+                places = itertools.count(count + 1)
+                lines.append([next(places) if len(row) > shared else count for row in encoded])
+                count = next(places)
+            else:  # nothing in common: each by itself
+                keys += [(ask.key, place) for place in range(len(encoded))]
+                prefixes += encoded
+                longer += [[]] * len(encoded)
+                lines.append([count + place for place in range(len(encoded))])
+                count += len(encoded)
+        found = torch.cat(self.cache.score(keys, prefixes, longer))
+        for gone in set(keys).difference(ask.key for ask in asks):
+            self.cache.forget(gone)
+        return [found[own] for own in lines]
+
+    def _encode(self, asks: Sequence[Ask]) -> list[list[list[int]]]:
+        """Of each: tokens of the state, and of the state with each candidate."""
+        results: list[list[list[int]]] = [[] for _ in asks]
+        texts, owners = [], []
+        for ask, encoded in zip(asks, results, strict=True):
+            if self.same and ask.ids is not None:
+                known = [token for _, token, _ in ask.candidates if token is not None]
+                encoded += [ask.ids, *([*ask.ids, token] for token in known)]
+            else:
+                texts += [ask.text, *(ask.text if ends else ask.text + more for more, _, ends in ask.candidates)]
+                owners += [encoded] * (1 + len(ask.candidates))
+        if texts:
+            for encoded, row in zip(owners, self.tokenizer(texts)["input_ids"], strict=True):
+                encoded.append(list(row))
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            return results
+        for ask, encoded in zip(asks, results, strict=True):
+            if not (self.same and ask.ids is not None):
+                # The end of the text is a token of the value's own.
+                for row, (_, _, ends) in zip(encoded[1:], ask.candidates, strict=True):
+                    row += [end] if ends else []
+        return results
 
 
 def _digest(source: Source) -> str | None:

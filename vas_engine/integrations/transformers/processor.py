@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.integrations.value_models import Host, PrefixValues, Values, load_value_model
+from vas_engine.integrations.value_models import Host, PrefixValues, Values, check_finite, load_value_model
 from vas_engine.params import SamplingParams
 from vas_engine.values.value_model import ValueModel
 
@@ -74,11 +74,13 @@ class ValueLogitsProcessor(LogitsProcessor):
             tilt=tilt,
             advantage_clip=advantage_clip,
         )
-        self.values = Values(
-            {n: v if isinstance(v, ValueModel) else load_value_model(v, host, tokenizer) for n, v in values.items()}
-        )
+        models = {
+            n: v if isinstance(v, ValueModel) else load_value_model(v, host, tokenizer) for n, v in values.items()
+        }
+        self.values = Values(models)
         self.params.check(vocab_size=vocabulary, value_names=self.values.names)
-        self._caches = [PrefixValues(model) for model in self.values.models.values()]
+        self.values.check(self.params)
+        self._caches = [PrefixValues(model) for model in models.values()]
         self._base = base or LogitsProcessorList()
         self._mask = attention_mask
         ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
@@ -107,8 +109,9 @@ class ValueLogitsProcessor(LogitsProcessor):
         allowed = [candidates[row][torch.isfinite(best[row])] for row in rows]
         suffixes = [[[token] for token in tokens.tolist()] for tokens in allowed]
         outputs = [cache.score(rows, prefixes, suffixes) for cache in self._caches]
-        for index, (row, tokens) in enumerate(zip(rows, allowed, strict=True)):
-            tilt, _ = self.values.tilt([output[index] for output in outputs], self.params)
+        tilts = self.values.tilts(outputs, [self.params] * len(rows))
+        for row, tokens, (tilt, _) in zip(rows, allowed, tilts, strict=True):
+            check_finite(tilt)
             tilted = log_probs[row, tokens] + torch.from_numpy(tilt).to(log_probs)
             if self.params.tail == "drop":
                 log_probs[row] = -torch.inf
