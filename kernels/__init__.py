@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
+from typing import Any
+
+_TRITON = {"candidate_input": "candidate_input", "value_head_tilt": "value_tilt"}
 
 
 @cache
@@ -16,3 +20,9 @@ def has_triton() -> bool:
 def interprets() -> bool:
     """Whether Triton, which must be installed, runs kernels under its interpreter, on a CPU (TRITON_INTERPRET)."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+def function(name: str, backend: str) -> Callable[..., Any]:
+    """`candidate_input` or `value_head_tilt`: the Triton kernel for backend "triton", else the reference."""
+    module = _TRITON[name] if backend == "triton" else "reference"
+    return getattr(importlib.import_module(f"vas_engine.kernels.{module}"), name)

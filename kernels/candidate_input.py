@@ -22,7 +22,7 @@ _WARPS = 4
 @triton.jit(do_not_specialize=["state_stride", "table_stride", "place_stride"])
 def _gather(
     states, state_index, table, token_ids, places, place_index, out, state_stride, table_stride, place_stride, width,
-    BLOCK: tl.constexpr, TABLE: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, TABLE: tl.constexpr, PLACES: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -31,7 +31,8 @@ def _gather(
     if TABLE:
         x += tl.load(table + tl.load(token_ids + row) * table_stride + column, mask=inside).to(tl.float32)
     if PLACES:
-        x += tl.load(places + tl.load(place_index + row) * place_stride + column, mask=inside).to(tl.float32)
+        place = tl.load(place_index + row) if PLACED else row
+        x += tl.load(places + place * place_stride + column, mask=inside).to(tl.float32)
     tl.store(out + row * width + column, x, mask=inside)
 
 
@@ -50,7 +51,7 @@ def candidate_input(
         states: [N, width] float32, bfloat16 or float16; columns adjacent, as in the others.
         state_index: int64 [R], contiguous, as the other indices.
         table: [V, width] with token_ids int64 [R]; both or none.
-        places: [P, width] with place_index int64 [R]; both or none.
+        places: [P, width] with place_index int64 [R] (None: row i takes line i), or None.
 
     Returns:
         float32 [R, width].
@@ -66,7 +67,8 @@ def candidate_input(
         states if places is None else places, state_index if place_index is None else place_index,
         out, states.stride(0), 0 if table is None else table.stride(0), 0 if places is None else places.stride(0),
         width,
-        BLOCK=block, TABLE=table is not None, PLACES=places is not None, num_warps=_WARPS,
+        BLOCK=block, TABLE=table is not None, PLACES=places is not None, PLACED=place_index is not None,
+        num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -90,7 +92,7 @@ def variants() -> list[Variant]:
         Variant(
             f"candidate_input {dtype} {block}", _gather,
             signature | dict.fromkeys(("states", "table", "places"), f"*{dtype}"),
-            {"BLOCK": block, "TABLE": True, "PLACES": True}, num_warps=_WARPS,
+            {"BLOCK": block, "TABLE": True, "PLACES": True, "PLACED": block == 64}, num_warps=_WARPS,
             aligned=("states", "table", "places", "out", "width"),
         )
         for dtype in ("bf16", "fp32") for block in (64, 512)

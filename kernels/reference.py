@@ -660,12 +660,14 @@ def candidate_input(
     Args:
         states: [N, width] float, projected hidden states. state_index: int64 [R], the line a row takes.
         table: [V, width] float, projected embeddings. token_ids: int64 [R].
-        places: [P, width] float, projected features of places. place_index: int64 [R].
+        places: [P, width] float, projected features of places. place_index: int64 [R]; None: row i takes line i.
 
     Returns:
         float32 [R, width].
     """
-    x = states.float()[state_index]
-    if table is not None:
-        x = x + table[token_ids].float()
-    return x if places is None else x + places[place_index].float()
+    x = states.index_select(0, state_index).float()
+    if table is not None and token_ids is not None:
+        x += table.index_select(0, token_ids)
+    if places is not None:
+        x += places if place_index is None else places.index_select(0, place_index)
+    return x

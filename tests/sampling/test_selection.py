@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from vas_engine import _sampling
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.sampling import SamplingArrays, select
+from vas_engine.sampling import SamplingArrays, backend, select
 
 
 @pytest.fixture
@@ -270,3 +270,18 @@ def test_wrong_shapes_and_dtypes_are_named(backend):
         SamplingArrays.build(2, topk=3)
     with pytest.raises(InvalidArgumentError, match="backend"):
         select(logits, rows, SamplingArrays.build(2), backend="cuda")
+
+
+def test_a_name_means_what_runs_where_the_tensors_are(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
+    assert backend.resolve_backend("auto", gpu) == backend.resolve_backend("triton", gpu) == "triton"
+    assert backend.resolve_backend("auto", cpu) == backend.resolve_backend("auto") == "cpp"
+    with pytest.raises(InvalidArgumentError, match="the tensors lie on cuda"):
+        backend.resolve_backend("cpp", gpu)
+    with pytest.raises(InvalidArgumentError, match="one of auto, cpp, reference"):
+        backend.resolve_backend("triton")  # arrays on the host
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    assert backend.resolve_backend("auto", gpu) == "reference"
+    with pytest.raises(InvalidArgumentError, match="Triton is not installed"):
+        backend.resolve_backend("triton", gpu)

@@ -18,7 +18,7 @@ import torch
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
-from vas_engine.engine.guide import Guide, Hidden
+from vas_engine.engine.guide import Decision, Guide, Hidden
 from vas_engine.engine.memory import free_memory
 from vas_engine.engine.pace import Pace, first_guess, floors, spend
 from vas_engine.engine.rows import Rows, pack, slot
@@ -28,7 +28,7 @@ from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError
 from vas_engine.model.cache import KVCache
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
-from vas_engine.sampling import Selection, choose, fork_seed, prune, select, value_tilt
+from vas_engine.sampling import Selection, fork_seed, prune, select
 from vas_engine.values.scorer import Scorer
 
 
@@ -362,7 +362,8 @@ class Engine:
                 ready.append(child)
                 source.append(i)
         logit_rows = np.array(source, np.int64)
-        selection = select(logits, logit_rows, gather(ready, np.array([s.num_candidates for s in ready])))
+        arrays = gather(ready, np.array([s.num_candidates for s in ready]))
+        selection = select(logits, logit_rows, arrays, self.guide.sampler)
         self._list_alternatives(ready, logits, logit_rows)
         sound = np.array([bool(np.isfinite(s.state_values).all()) for s in ready])
         self._drop_failed(ready, selection.finite, "logits", events)
@@ -439,45 +440,25 @@ class Engine:
         Returns:
             int64 [S]: the winner's column, or -1 for a sequence that ended here.
         """
-        width = selection.token_ids.shape[1]
-        filled = selection.filled
-        tilt = np.where(filled, 0.0, -np.inf)
         guided = np.array([bool(s.networks) for s in sequences])
-        evaluated = np.zeros(len(sequences), np.int64)
-        fine = np.ones(len(sequences), bool)
+        needed = np.zeros(selection.token_ids.shape, bool)
         limited = np.zeros(len(sequences), bool)
-        place = scores = None
         for sequence in sequences:
             if sequence.networks and len(sequence.token_ids) == sequence.prompt_len:
                 sequence.prompt_values = sequence.state_values
         if guided.any():
             users = [s for s in sequences if s.networks]
             part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
-            needed = self._needed(users, part, after is not None)
+            needed[guided] = wanted = self._needed(users, part, after is not None)
             if after is None:
-                kept = self._afford(users, part, needed)
-                limited[guided] = kept.sum(1) < needed.sum(1)
-                needed = kept
-            local, column = np.nonzero(needed)
-            counts = needed.sum(1)
-            owner = np.flatnonzero(guided)
-            here = torch.from_numpy(owner)
-            near = before if guided.all() else {j: h[here.to(h.device)] for j, h in before.items()}
-            scores, scratch = self.guide.score(users, part.token_ids[local, column], counts, near, after)
-            rows_tilt = self._tilt(users, part, scores.utilities, local, column)
-            tilt[guided] = np.where(needed, 0.0, -np.inf)
-            tilt[owner[local], column] = rows_tilt
-            evaluated[guided] = counts
-            fine[owner[local[~np.isfinite(rows_tilt) | ~np.isfinite(scores.values).all(1)]]] = False
-            tilt[~fine] = np.where(filled[~fine], 0.0, -np.inf)
-            place = np.full((len(sequences), width), -1, np.int64)
-            place[owner[local], column] = np.arange(len(local))
-            self.stats.value_rows += len(local)
-            self.stats.pruned_rows += int(part.count.sum()) - len(local)
-        winners = choose(selection, tilt)
-        if place is not None:
-            row = place[np.arange(len(sequences)), winners.column]
-            self._advance(sequences, guided & fine, row, scores, scratch)
+                needed[guided] = self._afford(users, part, wanted)
+                limited[guided] = needed[guided].sum(1) < wanted.sum(1)
+        evaluated = needed.sum(1)
+        self.stats.value_rows += int(evaluated.sum())
+        self.stats.pruned_rows += int(selection.count[guided].sum() - evaluated.sum())
+        decision = self.guide.decide(sequences, selection, needed, before, after)
+        winners, fine = decision.winners, decision.fine
+        self._advance(sequences, guided & fine, decision)
         self._drop_failed(sequences, fine, "values", events)
         result = np.where(fine, winners.column, -1)
         for i, sequence in enumerate(sequences):
@@ -487,8 +468,7 @@ class Engine:
             event.limited = bool(limited[i])
             self.stats.limited_tokens += event.limited
             if sequence.alternatives is not None:
-                seen = None if place is None or scores is None else (place[i], scores.values)
-                event.top_logprobs = self._alternatives(sequence, selection, tilt, winners, i, seen)
+                event.top_logprobs = self._alternatives(sequence, selection, decision, i)
             events.append(event)
             if event.finish_reason is not None:
                 result[i] = -1
@@ -525,25 +505,14 @@ class Engine:
         left = most - (len(sequence.token_ids) - sequence.prompt_len)
         return left * self._step_seconds > sequence.deadline - self._step_started
 
-    def _tilt(
-        self, users: list[Sequence], selection: Selection, utilities: np.ndarray, local: np.ndarray, column: np.ndarray
-    ) -> np.ndarray:
-        """T of each scored row, float64 [R]; the tail champion's is 0 by definition."""
-        baselines = np.stack([s.utilities for s in users])
-        is_tail = column == selection.tail[local]
-        for i, sequence in enumerate(users):
-            if sequence.params.baseline == "candidate-mean":
-                baselines[i] = utilities[(local == i) & ~is_tail].mean(0)
-        limits = np.stack([s.limits for s in users])
-        return np.where(is_tail, 0.0, value_tilt(utilities, baselines, limits, local))
-
-    def _advance(self, sequences: list[Sequence], move: np.ndarray, row: np.ndarray, scores, scratch) -> None:
+    def _advance(self, sequences: list[Sequence], move: np.ndarray, decision: Decision) -> None:
         """The winner's value becomes the state's; its K/V in the networks' scratch goes to their pages."""
+        row = decision.place[np.arange(len(sequences)), decision.winners.column]
         for i in np.flatnonzero(move):
-            sequences[i].state_values = scores.values[row[i]]
-            sequences[i].utilities = scores.utilities[row[i]]
+            sequences[i].state_values = decision.values[row[i]]
+            sequences[i].utilities = decision.utilities[row[i]]
             sequences[i].filled = len(sequences[i].token_ids) + 1
-        for network, number in scratch:
+        for network, number in decision.scratch:
             used = [i for i in np.flatnonzero(move) if number[row[i]] >= 0]
             if used:
                 slots = [slot(sequences[i], len(sequences[i].token_ids), self.block_size) for i in used]
@@ -644,28 +613,18 @@ class Engine:
         if not wanted:
             return
         part = [ready[i] for i in wanted]
-        top = select(logits, rows[wanted], gather(part, np.array([s.params.logprobs for s in part])))
+        arrays = gather(part, np.array([s.params.logprobs for s in part]))
+        top = select(logits, rows[wanted], arrays, self.guide.sampler)
         for k, sequence in enumerate(part):
             count = min(int(top.count[k]), sequence.params.logprobs)
             sequence.alternatives = (top.token_ids[k, :count].copy(), top.log_probs[k, :count].copy())
 
-    def _alternatives(
-        self,
-        sequence: Sequence,
-        selection: Selection,
-        tilt: np.ndarray,
-        winners,
-        i: int,
-        scored: tuple[np.ndarray, np.ndarray] | None,
-    ) -> list[TokenLogprob]:
-        """The stored alternatives with their tilted log-probabilities, log pi = log pi0 + T - log Z, and values.
-
-        Args:
-            scored: the scored row (-1: none) of each column, and the values of the rows.
-        """
+    def _alternatives(self, sequence: Sequence, selection: Selection, decision: Decision, i: int) -> list[TokenLogprob]:
+        """The stored alternatives with their tilted log-probabilities, log pi = log pi0 + T - log Z, and values."""
         assert sequence.alternatives is not None
         token_ids, log_probs = sequence.alternatives
         sequence.alternatives = None
+        winners, tilt = decision.winners, decision.tilt
         column = int(winners.column[i])
         log_z = winners.log_prob[i] + tilt[i, column] - winners.tilted_log_prob[i]
         candidates = {int(t): k for k, t in enumerate(selection.token_ids[i]) if t >= 0}
@@ -674,8 +633,8 @@ class Engine:
         found = []
         for token, log_prob in zip(token_ids.tolist(), log_probs.tolist(), strict=True):
             k = candidates.get(token)
-            row = -1 if k is None or scored is None else scored[0][k]
-            values = self._named(sequence, scored[1][row]) if scored is not None and row >= 0 else {}
+            row = -1 if k is None else decision.place[i, k]
+            values = self._named(sequence, decision.values[row]) if row >= 0 else {}
             tilted = float(log_prob + (outside if k is None else tilt[i, k]) - log_z)
             found.append(TokenLogprob(token, log_prob, tilted, values))
         return found

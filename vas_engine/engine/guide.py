@@ -13,8 +13,13 @@ import torch
 from vas_engine.engine.rows import Rows, group_offsets, unslotted
 from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.kernels import function
+from vas_engine.kernels.reference import SelectionTensors, ValueSettings
+from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.lm import CausalLM
+from vas_engine.model.transfer import to_device, to_host
 from vas_engine.params import SamplingParams
+from vas_engine.sampling import Selection, Winners, choose, value_tilt
 from vas_engine.values.scorer import Scorer, value_names
 
 Hidden = dict[int, torch.Tensor]
@@ -45,15 +50,59 @@ class Network:
 
 
 @dataclass(slots=True)
-class Scores:
-    """Values and utilities of rows, float32 [R, values]; zero where a request does not use a value.
+class Decision:
+    """What was drawn for S sequences from selections of W columns, and what their R scored rows said.
 
     The utility U is what a tilt compares: w V for the mean tilt, log E[exp(w R)] for the optimal one
     (Han et al. 2024; Zhou et al. 2025 for the latter), so that T = sum_m clip(U_m(s, a) - U_m(s)).
+
+    Attributes:
+        winners: one a sequence; column -1 where it is not fine.
+        tilt: float64 [S, W], T; -inf where a column was not scored, though its sequence has values.
+        fine: bool [S], False where a value or a tilt is not finite.
+        place: int64 [S, W], the row that scored a column, or -1.
+        values, utilities: float32 [R, values]; zero where a request does not use a value.
+        scratch: per network with own K/V the number that each row has in its scratch (-1: none).
     """
 
+    winners: Winners
+    tilt: np.ndarray
+    fine: np.ndarray
+    place: np.ndarray
     values: np.ndarray
     utilities: np.ndarray
+    scratch: list[tuple[Network, np.ndarray]]
+
+
+@dataclass(slots=True)
+class Asked:
+    """What S sequences ask of all values; zero for a sequence without any.
+
+    Attributes:
+        weights: float32 [S, values]. limits: float64 [S, values]. baselines: float32 [S, values], U(s).
+        optimal, candidate_mean: bool [S].
+    """
+
+    weights: np.ndarray
+    limits: np.ndarray
+    baselines: np.ndarray
+    optimal: np.ndarray
+    candidate_mean: np.ndarray
+
+
+@dataclass(slots=True)
+class Scored:
+    """What one network made of the rows that use it.
+
+    Attributes:
+        uses: bool [S]. picked: int64 [n], its rows among all.
+        output: features [n, width] on a backend that fuses the heads with what follows, else the heads' output.
+    """
+
+    network: Network
+    uses: np.ndarray
+    picked: np.ndarray
+    output: torch.Tensor
 
 
 class Guide:
@@ -63,12 +112,19 @@ class Guide:
         lm: the base model.
         scorers: name -> bound network. A network of one head gives the value ``name``, one of several gives
             ``name.head``; a network under the empty name gives its heads' own names.
+
+    Attributes:
+        fuses: whether heads, tilt and draw are one kernel: where the base model's attention is Triton's too.
+        sampler: the backend that selects candidates.
     """
 
     def __init__(self, lm: CausalLM, scorers: Mapping[str, Scorer]) -> None:
         self.lm = lm
         self.networks: list[Network] = []
         self._numbers = itertools.count()
+        self.fuses = lm.attention_backend == "triton"
+        self.sampler = "triton" if self.fuses else "auto"
+        self._head_tilt = function("value_head_tilt", lm.attention_backend)
         self._arrange(scorers)
 
     def _arrange(self, scorers: Mapping[str, Scorer]) -> None:
@@ -235,69 +291,168 @@ class Guide:
 
     # -- candidates ------------------------------------------------------------------------------------------
 
-    def score(
+    def decide(
         self,
         sequences: Seq[Sequence],
-        token_ids: np.ndarray,
-        counts: np.ndarray,
+        selection: Selection,
+        needed: np.ndarray,
         before: Hidden,
         after: Hidden | None,
-    ) -> tuple[Scores, list[tuple[Network, np.ndarray]]]:
-        """Score candidate rows of all sequences at once.
+    ) -> Decision:
+        """Score candidates of all sequences at once, tilt, and draw a token for each.
 
         Args:
             sequences: S of them; candidates stand at position len(token_ids).
-            token_ids: int64 [R], grouped by sequence.
-            counts: int64 [S], rows of each.
+            selection: what may be drawn.
+            needed: bool [S, W], columns to score; all False for a sequence without values.
             before: hidden states [S, H] of the last position of each sequence.
-            after: hidden states [R, H] of the candidates themselves (lookahead), or None.
-
-        Returns:
-            Scores of the R rows, and per network with own K/V the number each row has in its scratch (-1: none).
+            after: hidden states [R, H] of the needed candidates themselves (lookahead), or None.
         """
+        owner, column = np.nonzero(needed)
+        scored = self._score(sequences, selection.token_ids[owner, column], owner, before, after)
+        place = np.full(needed.shape, -1, np.int64)
+        place[owner, column] = np.arange(len(owner))
+        guided = needed.any(1)
+        tilt = np.where(needed | (selection.filled & ~guided[:, None]), 0.0, -np.inf)
+        scratch = []
+        for part in scored:
+            if part.network.scorer.cache is not None:
+                number = np.full(len(owner), -1, np.int64)
+                number[part.picked] = np.arange(len(part.picked))
+                scratch.append((part.network, number))
+        conclude = self._fused if self.fuses and scored else self._composed
+        winners, tilt, fine, values, utilities = conclude(sequences, selection, scored, owner, column, tilt)
+        return Decision(winners, tilt, fine, place, values, utilities, scratch)
+
+    def _score(
+        self,
+        sequences: Seq[Sequence],
+        token_ids: np.ndarray,
+        owner: np.ndarray,
+        before: Hidden,
+        after: Hidden | None,
+    ) -> list[Scored]:
+        """Run every network over the rows (int64 [R], grouped by owner) of the sequences that use it."""
         device = self.lm.device
-        owner = np.repeat(np.arange(len(sequences)), counts)
-        shape = (len(token_ids), len(self.value_names))
-        scores = Scores(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-        scratch: list[tuple[Network, np.ndarray]] = []
+        counts = np.bincount(owner, minlength=len(sequences))
         length = np.array([len(s.token_ids) for s in sequences], np.int64)
-        whole = unslotted(sequences, token_ids, length, counts)
-        whole_batch = None
+        whole: tuple[Rows, AttentionBatch] | None = None
+        scored = []
         for index, network in enumerate(self.networks):
-            uses = np.array([index in s.networks for s in sequences])
+            uses: np.ndarray = np.array([index in s.networks for s in sequences], bool) & (counts > 0)
             if not uses.any():
                 continue
             picked = np.flatnonzero(uses[owner])
-            users = [s for s, u in zip(sequences, uses, strict=True) if u]
             if uses.all():
-                whole_batch = whole_batch or whole.batch(device)
-                rows, batch, member = whole, whole_batch, owner
+                if whole is None:
+                    rows = unslotted(sequences, token_ids, length, counts)
+                    whole = rows, rows.batch(device)
+                rows, batch = whole
             else:
+                users = [s for s, u in zip(sequences, uses, strict=True) if u]
                 rows = unslotted(users, token_ids[picked], length[uses], counts[uses])
-                batch, member = rows.batch(device), np.repeat(np.arange(len(users)), counts[uses])
+                batch = rows.batch(device)
             source, where = None, None
             if network.reads_before:
                 source, where = _concatenate(before, network.scorer.states), owner[picked]
             elif network.reads_after:
                 assert after is not None
-                source, where = _concatenate(after, network.scorer.states), np.arange(len(token_ids))[picked]
+                source, where = _concatenate(after, network.scorer.states), picked
             located = None if where is None else torch.from_numpy(where).to(device)
-            output = network.scorer.score(rows.tokens(device), source, located, batch)
-            values, utilities = self._read(network, output, users, member)
-            scores.values[picked, network.columns] = values
-            scores.utilities[picked, network.columns] = utilities
-            if network.scorer.cache is not None:
-                number = np.full(len(token_ids), -1, np.int64)
-                number[picked] = np.arange(len(rows))
-                scratch.append((network, number))
-        return scores, scratch
+            run = network.scorer.features if self.fuses else network.scorer.score
+            scored.append(Scored(network, uses, picked, run(rows.tokens(device), source, located, batch)))
+        return scored
+
+    def _composed(
+        self,
+        sequences: Seq[Sequence],
+        selection: Selection,
+        scored: list[Scored],
+        owner: np.ndarray,
+        column: np.ndarray,
+        tilt: np.ndarray,
+    ) -> tuple[Winners, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Heads on the device, the rest on the host: winners, tilt, fine, values, utilities of `Decision`."""
+        values = np.zeros((len(owner), len(self.value_names)), np.float32)
+        utilities = np.zeros_like(values)
+        for part in scored:
+            rows, columns = part.picked, part.network.columns
+            values[rows, columns], utilities[rows, columns] = self._read(
+                part.network, part.output, sequences, owner[rows]
+            )
+        fine = np.ones(len(sequences), bool)
+        if len(owner):
+            asked = self._asked(sequences)
+            is_tail = column == selection.tail[owner]
+            baselines = asked.baselines
+            for i in np.flatnonzero(asked.candidate_mean):
+                mine = (owner == i) & ~is_tail
+                baselines[i] = utilities[mine].mean(0) if mine.any() else 0.0
+            rows_tilt = np.where(is_tail, 0.0, value_tilt(utilities, baselines, asked.limits, owner))
+            tilt[owner, column] = rows_tilt
+            fine[owner[~np.isfinite(rows_tilt) | ~np.isfinite(values).all(1)]] = False
+            tilt[~fine] = np.where(selection.filled[~fine], 0.0, -np.inf)
+        return choose(selection, tilt), tilt, fine, values, utilities
+
+    def _fused(
+        self,
+        sequences: Seq[Sequence],
+        selection: Selection,
+        scored: list[Scored],
+        owner: np.ndarray,
+        column: np.ndarray,
+        tilt: np.ndarray,
+    ) -> tuple[Winners, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """`_composed` by one kernel a network, the last of which draws; one transfer there and one back."""
+        asked, counts = self._asked(sequences), np.bincount(owner, minlength=len(sequences))
+        arrays: list[np.ndarray] = [tilt, *vars(selection).values(), asked.optimal, asked.candidate_mean]
+        for part in scored:
+            own = part.network.columns
+            arrays += [group_offsets(np.where(part.uses, counts, 0)), column[part.picked].astype(np.int32)]
+            arrays += [asked.weights[:, own], asked.limits[:, own], asked.baselines[:, own]]
+        moved = iter(to_device(arrays, self.lm.device))
+        shift, on_device = next(moved), SelectionTensors(*itertools.islice(moved, 7))
+        optimal, candidate_mean = next(moved), next(moved)
+        results: list[torch.Tensor] = [shift]
+        for part in scored:
+            offsets, columns, weights, limits, baselines = itertools.islice(moved, 5)
+            found = self._head_tilt(
+                part.output,
+                part.network.scorer.served_heads.weights,
+                ValueSettings(weights, limits, baselines, optimal, candidate_mean),
+                offsets,
+                columns,
+                on_device,
+                shift,
+                choose=part is scored[-1],
+            )
+            results += [found.values, found.utilities]
+        assert found.winners is not None
+        tilt, *back = to_host([*results, *vars(found.winners).values()])
+        values = np.zeros((len(owner), len(self.value_names)), np.float32)
+        utilities = np.zeros_like(values)
+        for index, part in enumerate(scored):
+            values[part.picked, part.network.columns] = back[2 * index]
+            utilities[part.picked, part.network.columns] = back[2 * index + 1]
+        winners = Winners(*back[2 * len(scored) :])
+        return winners, tilt, winners.column >= 0, values, utilities
+
+    def _asked(self, sequences: Seq[Sequence]) -> Asked:
+        shape = (len(sequences), len(self.value_names))
+        weights, limits, baselines = (np.zeros(shape, kind) for kind in (np.float32, np.float64, np.float32))
+        means = np.zeros(len(sequences), bool)
+        for i, sequence in enumerate(sequences):
+            if sequence.networks:
+                weights[i], limits[i], baselines[i] = sequence.weights, sequence.limits, sequence.utilities
+                means[i] = sequence.params.baseline == "candidate-mean"
+        return Asked(weights, limits, baselines, np.array([s.optimal for s in sequences], bool), means)
 
     def _read(
         self, network: Network, output: torch.Tensor, sequences: Seq[Sequence], owner: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values and utilities [R, heads of the network] from a head output."""
-        heads = network.scorer.heads
-        weights = np.stack([s.weights[network.columns] for s in sequences])[owner]
+        heads, none = network.scorer.heads, np.zeros(len(self.value_names), np.float32)
+        weights = np.stack([s.weights if s.networks else none for s in sequences])[owner, network.columns]
         optimal = np.array([s.optimal for s in sequences])[owner]
         values = heads.mean(output)
         utilities = heads.utility(

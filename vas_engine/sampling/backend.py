@@ -14,7 +14,8 @@ try:
 except ImportError:  # a host without a compiler
     _extension = None
 
-_NAMES = ("auto", "cpp", "reference")
+_HOST_NAMES = ("auto", "cpp", "reference")
+_NAMES = (*_HOST_NAMES, "triton")
 
 
 def available() -> bool:
@@ -38,16 +39,25 @@ def runs_triton(device: torch.device) -> bool:
     return has_triton() and (device.type == "cuda" or interprets())
 
 
-def resolve_backend(backend: str) -> str:
-    """ "cpp" or "reference" for "auto", "cpp" or "reference": what runs on the host.
+def resolve_backend(backend: str, device: torch.device | None = None) -> str:
+    """ "cpp", "reference" or "triton": what a name means for tensors on a device, or (None) for arrays on the host.
 
     Raises:
-        InvalidArgumentError: another name, or "cpp" where the extension is not built.
+        InvalidArgumentError: a name that is unknown, or of something that does not run there.
     """
-    if backend not in _NAMES:
-        raise InvalidArgumentError("backend", backend, f"one of {', '.join(_NAMES)}")
+    names = _HOST_NAMES if device is None else _NAMES
+    if backend not in names:
+        raise InvalidArgumentError("backend", backend, f"one of {', '.join(names)}")
+    on_host = device is None or device.type == "cpu"
     if backend == "cpp":
         extension()
+        if not on_host:
+            raise InvalidArgumentError("backend", backend, f"the tensors lie on {device}; use 'auto'")
+    if backend == "triton" and device is not None and not runs_triton(device):
+        fix = f"Triton is not installed or does not run on {device}; use 'auto'"
+        raise InvalidArgumentError("backend", "triton", fix)
+    if backend == "auto" and device is not None and not on_host:
+        return "triton" if runs_triton(device) else "reference"
     if backend == "auto":
         return "cpp" if available() else "reference"
     return backend

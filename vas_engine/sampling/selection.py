@@ -10,7 +10,7 @@ import torch
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import reference
 from vas_engine.sampling.arrays import SamplingArrays
-from vas_engine.sampling.backend import extension, resolve_backend, runs_triton
+from vas_engine.sampling.backend import extension, resolve_backend
 
 # How the extension is told what the 16-bit words of a row mean.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -58,7 +58,7 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
         rows: int64 [S], the row of logits each sequence reads; several may read one.
         arrays: settings of the S sequences.
         backend: "auto", "cpp", "triton" or "reference". On a GPU "auto" takes the Triton kernels where Triton is
-            installed and they have room for the vocabulary and the candidates, else the reference.
+            installed. Where these have no room for the vocabulary or the candidates, the reference serves.
 
     Returns:
         A `Selection`. Logits that cannot be sampled from show in its `finite`, for that sequence only.
@@ -66,39 +66,28 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
     Raises:
         InvalidArgumentError: a shape, dtype or setting is wrong; nothing was computed.
     """
-    name = backend if backend == "triton" else resolve_backend(backend)
+    name = resolve_backend(backend, logits.device)
     if logits.dim() != 2 or logits.dtype not in _CODES:
         given = f"{logits.dtype} {tuple(logits.shape)}"
         raise InvalidArgumentError("logits", given, "give float32, bfloat16 or float16 [rows, vocabulary]")
-    if name == "cpp" and logits.device.type == "cpu":
+    if name == "cpp":
         return _select_cpp(logits.detach(), rows, arrays)
-    if backend == "cpp":
-        raise InvalidArgumentError("backend", backend, f"logits lie on {logits.device}; use 'auto'")
     _check(logits, rows, arrays)
-    if backend == "triton" or (backend == "auto" and logits.device.type != "cpu" and runs_triton(logits.device)):
-        selection = _select_triton(logits.detach(), rows, arrays, required=backend == "triton")
+    if name == "triton":
+        selection = _select_triton(logits.detach(), rows, arrays)
         if selection is not None:
             return selection
     result = reference.candidate_select(logits.detach(), rows, arrays)
     return Selection(*(field.numpy() for field in vars(result).values()))
 
 
-def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, required: bool) -> Selection | None:
-    """The kernels' selection, fetched in one transfer; None where they have no room, unless they are required."""
-    if not runs_triton(logits.device):
-        fix = f"Triton is not installed or does not run on {logits.device}; use 'auto'"
-        raise InvalidArgumentError("backend", "triton", fix)
+def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection | None:
+    """The kernels' selection, fetched in one transfer; None where they have no room."""
     from vas_engine.kernels import candidate_select as kernels
 
     width = kernels.select_width(arrays, logits.shape[1])
-    for name, given, most in (
-        ("num_candidates", width - 1, kernels.MAX_CANDIDATES),
-        ("logits", logits.shape[1], kernels.MAX_VOCABULARY),
-    ):
-        if given > most and required:
-            raise InvalidArgumentError(name, given, f"the Triton kernels take up to {most}; use backend='auto'")
-        if given > most:
-            return None
+    if width - 1 > kernels.MAX_CANDIDATES or logits.shape[1] > kernels.MAX_VOCABULARY:
+        return None
     buffer = kernels.select_buffer(logits, rows, arrays).cpu()
     return Selection(*(field.numpy() for field in vars(kernels.views(buffer, len(rows), width)).values()))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.kernels.reference import HeadWeights
 from vas_engine.values.config import HeadConfig, Support, ValueConfig
 
 # Zero rows (the hidden state of the empty prefix) stay zero; states of ordinary size are not changed by it.
@@ -59,6 +60,7 @@ class Heads(nn.Module):
         # Small outputs at the start: every value begins close to its head's mean.
         self.width = width
         self.output = initialise(nn.Linear(config.head_hidden or width, config.outputs), gain=0.1)
+        self._weights: tuple[tuple[int, ...], HeadWeights] | None = None
         self.slices: list[slice] = []
         start = 0
         for head in self.configs:
@@ -68,6 +70,14 @@ class Heads(nn.Module):
             if head.support is not None:
                 atoms = torch.linspace(head.support.min, head.support.max, head.support.bins, dtype=torch.float64)
                 self.register_buffer(f"atoms_{index}", atoms.float(), persistent=False)
+
+    @property
+    def weights(self) -> HeadWeights:
+        """As kernels read them; made again when a tensor has moved (one that only changed is shared)."""
+        key = tuple(p.data_ptr() for p in self.parameters())
+        if self._weights is None or self._weights[0] != key:
+            self._weights = key, HeadWeights.of(self)
+        return self._weights[1]
 
     @property
     def names(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vas_engine.errors import InvalidArgumentError, VASError
+from vas_engine.kernels import function
 from vas_engine.model.branches import Branches, positions_of
 from vas_engine.model.cache import KVCache, LayerShape
 from vas_engine.values.base import base_fingerprint, check_base
@@ -65,6 +67,7 @@ class ValueNetwork(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.heads = Heads(config, width)
         self.lm: CausalLM | None = None
+        self._gather: Callable[..., Tensor] = function("candidate_input", "reference")
         self.cache: KVCache | None = None
         self._table: Tensor | None = None
         self._table_of: tuple[int, int] | None = None
@@ -110,6 +113,7 @@ class ValueNetwork(nn.Module):
         if not self.config.base:
             self.config = self.config.replace(base=base_fingerprint(lm, tokenizer))
         self.lm = lm
+        self._gather = function("candidate_input", lm.attention_backend)
         self.to(lm.device)
         self._table = None
         if self.embed_weight is not None:
@@ -148,22 +152,37 @@ class ValueNetwork(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Head output of rows; see ``Scorer.score``."""
+        return self.served_heads(self.features(token_ids, hidden, hidden_index, batch, rows))
+
+    @torch.inference_mode()
+    def features(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """What the heads read of rows; see ``Scorer.features``."""
         lm = self._bound()
         if hidden is None or hidden_index is None:
             raise InvalidArgumentError("hidden", hidden, f"a network of input {self.input!r} needs hidden states")
         served = self._serving()
         # Projected once per distinct state; the rows only gather.
         states = hidden.unflatten(-1, (-1, self.config.hidden_size))
-        x = self._project(states, served.state_weight).index_select(0, hidden_index)
-        if self.embed_weight is not None:
-            x += self._embeddings().index_select(0, token_ids)
-        if self.place_weight is not None:
-            x += F.linear(place_features(batch.positions), self.place_weight)
+        embedded = (None, None) if self.embed_weight is None else (self._embeddings(), token_ids)
+        places = None if self.place_weight is None else F.linear(place_features(batch.positions), self.place_weight)
+        x = self._gather(self._project(states, served.state_weight), hidden_index, *embedded, places)
         if self.layers:
             attention = PagedAttention(lm, self._own_pages(), batch)
             x = self._run(x, attention, served.layers)
             self._scratch = attention.scratch
-        return served.heads(x if rows is None else x.index_select(0, rows))
+        return x if rows is None else x.index_select(0, rows)
+
+    @property
+    def served_heads(self) -> Heads:
+        """The heads as rows are computed with."""
+        return self._serving().heads
 
     def commit(self, rows: Tensor, slots: Tensor) -> None:
         """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n])."""

@@ -67,7 +67,7 @@ class Scorer(Protocol):
         batch: AttentionBatch,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """Head output of rows.
+        """Head output of rows: ``served_heads`` of their ``features``.
 
         Args:
             token_ids: int64 [R].
@@ -82,6 +82,22 @@ class Scorer(Protocol):
         Returns:
             [R or n, O] float32; ``heads`` turns it into values.
         """
+
+    def features(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """What the heads read of rows, [R or n, width]; arguments as ``score``'s, for kernels that have the heads in
+        them.
+        """
+
+    @property
+    def served_heads(self) -> Heads:
+        """The heads in the dtypes that rows are computed with."""
 
     def commit(self, rows: Tensor, slots: Tensor) -> None:
         """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n]); nothing

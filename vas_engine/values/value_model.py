@@ -187,10 +187,27 @@ class ValueModel(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Head output of rows; see ``Scorer.score``. ``hidden`` and ``hidden_index`` are not read."""
+        return self.heads(self.features(token_ids, hidden, hidden_index, batch, rows))
+
+    @torch.inference_mode()
+    def features(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The LM's last hidden state of rows; see ``Scorer.features``."""
         if not self.bound:
             raise VASError("this value model is not bound to a base model: call bind(lm) first")
         last = self.lm_of_values.forward(token_ids, batch).last_hidden
-        return self.heads(last if rows is None else last.index_select(0, rows))
+        return last if rows is None else last.index_select(0, rows)
+
+    @property
+    def served_heads(self) -> Heads:
+        """The heads."""
+        return self.heads
 
     def commit(self, rows: Tensor, slots: Tensor) -> None:
         """K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n])."""

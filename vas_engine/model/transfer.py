@@ -1,0 +1,59 @@
+"""Many small arrays to a device, or back, in one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 16
+"""Bytes; kernels load this much at a time."""
+
+
+class Layout:
+    """Places of arrays of given shapes and dtypes in one buffer of bytes.
+
+    Attributes:
+        num_bytes: of the buffer.
+    """
+
+    def __init__(self, fields: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._places: list[tuple[int, int, tuple[int, ...], torch.dtype]] = []
+        end = 0
+        for shape, dtype in fields:
+            size = int(np.prod(shape)) * dtype.itemsize
+            self._places.append((end, size, shape, dtype))
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.num_bytes = end
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The arrays, contiguous, in a buffer uint8 [num_bytes]."""
+        return [buffer[at : at + size].view(dtype).view(shape) for at, size, shape, dtype in self._places]
+
+    def host_buffer(self, device: torch.device) -> torch.Tensor:
+        """A buffer on the host, pinned where that lets a device copy it by itself."""
+        return torch.empty(self.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on a device, contiguous and not waited for."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    layout = Layout([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+    buffer = layout.host_buffer(device)
+    for place, tensor in zip(layout.views(buffer), tensors, strict=True):
+        place.copy_(tensor)
+    return layout.views(buffer.to(device, non_blocking=True))
+
+
+def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """The tensors of one device as arrays, once it has computed them: a single wait."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    layout = Layout([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+    buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=tensors[0].device)
+    for place, tensor in zip(layout.views(buffer), tensors, strict=True):
+        place.copy_(tensor)
+    return [place.numpy() for place in layout.views(buffer.cpu())]
