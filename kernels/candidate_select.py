@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 MAX_CANDIDATES = 64
 MAX_TILES = 64
-SETTINGS = 6
-"""Lines of packed settings: row, temperature (its bits), seed (its bits), position, candidates, keep the tail."""
 _TILES = (1024, 2048, 4096, 8192)
 MAX_VOCABULARY = MAX_TILES * _TILES[-1]
 _NONE = tl.constexpr(2**31 - 1)  # a token id that loses every tie

@@ -45,7 +45,8 @@ def network(kind: str, lm: CausalLM, heads: tuple[HeadConfig, ...] | None = None
     torch.manual_seed(seed)
     heads = heads or (HeadConfig("value", "value"),)
     if kind == "model":
-        made = ValueModel.create(llama(2, 32, lm.vocab_size, seed + 7), lm, heads, head_hidden=16)
+        backbone = llama(2, 32, lm.vocab_size, seed + 7).model
+        made = ValueModel.create(backbone, lm, heads, head_hidden=16)
     else:
         made = ValueNetwork(default_config(kind, lm, heads)).bind(lm)
     with torch.no_grad():

@@ -10,6 +10,9 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays
 
+TEMPERATURE, KEEP_TAIL = 0, 7
+"""Places among the knobs."""
+
 
 def knobs(params: SamplingParams) -> tuple[float, ...]:
     """The per-request scalars in the order that ``gather`` unpacks them."""

@@ -17,6 +17,7 @@ import torch
 
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
+from vas_engine.engine.decode import DecodeGraphs, decodes, unfit
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
 from vas_engine.engine.guide import Decision, Guide, Hidden
 from vas_engine.engine.memory import free_memory
@@ -26,6 +27,7 @@ from vas_engine.engine.scheduler import Scheduler, Work
 from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, nearest
 from vas_engine.model.cache import KVCache
+from vas_engine.model.graphs import Graphs
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Selection, fork_seed, prune, select
@@ -44,6 +46,7 @@ class Engine:
         num_blocks: pages of the KV cache; every cache (base, side networks, value models) has as many.
         block_size: tokens a page.
         enable_prefix_caching: reuse pages of equal prefixes.
+        graphs: keep decode steps as graphs on the device (on a CPU, where this is for tests, as functions).
     """
 
     def __init__(
@@ -57,16 +60,22 @@ class Engine:
         num_blocks: int = 1024,
         block_size: int = 16,
         enable_prefix_caching: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.lm = lm
         scorers = dict(scorers or {})
         made_for = [lm.max_model_len, *(getattr(s, "max_model_len", lm.max_model_len) for s in scorers.values())]
         self.max_model_len = min(max_model_len or lm.max_model_len, *made_for)
         self.block_size = block_size
-        lm.allocate(num_blocks, block_size)
+        self._allocated = num_blocks + graphs  # a block for what nobody reads
+        lm.allocate(self._allocated, block_size)
         for scorer in scorers.values():
-            scorer.allocate(num_blocks, block_size)
+            scorer.allocate(self._allocated, block_size)
         self.guide = Guide(lm, scorers)
+        self.graphs: DecodeGraphs | None = None
+        if graphs:
+            longest = -(-self.max_model_len // block_size) + 1
+            self.graphs = DecodeGraphs(lm, self.guide, Graphs(lm.device), longest, block_size, num_blocks)
         self._retired: set[str] = set()
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
@@ -144,11 +153,11 @@ class Engine:
         if longest < self.max_model_len:
             fix = f"was made for sequences of {longest}; this engine runs up to {self.max_model_len}"
             raise InvalidArgumentError("name", name, fix)
-        needed = KVCache.bytes_per_block(scorer.cache_layers, self.block_size, self.lm.dtype) * self.blocks.num_blocks
+        needed = KVCache.bytes_per_block(scorer.cache_layers, self.block_size, self.lm.dtype) * self._allocated
         if needed > free_memory(self.lm.device):
             raise KVCacheError(f"value {name!r}: its pages take {needed:,} bytes, more than there is")
-        scorer.allocate(self.blocks.num_blocks, self.block_size)
-        self.guide.rearrange({**self.guide.scorers, name: scorer}, self._sequences())
+        scorer.allocate(self._allocated, self.block_size)
+        self._rearrange({**self.guide.scorers, name: scorer})
 
     def remove_value(self, name: str) -> None:
         """Unload a network: new requests can no longer name its values, and it goes when its last request has ended.
@@ -173,8 +182,13 @@ class Engine:
         gone = self._retired - used
         if gone:
             kept = {name: scorer for name, scorer in self.guide.scorers.items() if name not in gone}
-            self.guide.rearrange(kept, self._sequences())
+            self._rearrange(kept)
             self._retired -= gone
+
+    def _rearrange(self, scorers: Mapping[str, Scorer]) -> None:
+        self.guide.rearrange(scorers, self._sequences())
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def _sequences(self) -> list[Sequence]:
         return [sequence for siblings in self._live.values() for sequence in siblings]
@@ -219,6 +233,7 @@ class Engine:
         eos = () if params.ignore_eos else self.lm.eos_token_ids
         sequence.end_ids = frozenset(eos) | frozenset(params.stop_token_ids or ())
         sequence.all_needed = params.exact or params.baseline == "candidate-mean"
+        sequence.unfit = unfit(params, sequence.lookahead)
         return sequence
 
     def cancel(self, request_id: str) -> None:
@@ -309,11 +324,20 @@ class Engine:
         return pace.prompt_rows(len(decoding), sum(len(s.token_ids) for s in decoding), floor)
 
     def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
+        obstacle = self._obstacle(planned)
+        if obstacle is None:
+            self._decode(planned, events)
+            return
+        if self.graphs is not None:
+            self.stats.obstacles[obstacle] = self.stats.obstacles.get(obstacle, 0) + 1
         warm = {i for i, work in enumerate(planned) if _needs_warm_row(work)}
         works, rows = pack(planned, warm, self.block_size)
         device = self.lm.device
         scored = self.stats.value_rows
-        forward = self.lm.forward(rows.tokens(device), rows.batch(device), None, self.guide.states)
+        if self.graphs is not None and not warm and all(decodes(w) and not w.sequence.lookahead for w in works):
+            forward = self.graphs.forward(rows.sequences)
+        else:
+            forward = self.lm.forward(rows.tokens(device), rows.batch(device), None, self.guide.states)
         hidden: Hidden = forward.hidden
         self.stats.steps += 1
         self.stats.model_rows += len(rows)
@@ -349,6 +373,37 @@ class Engine:
         if self.pace is not None:
             seconds = time.monotonic() - self._token_started
             self.pace.observe(len(rows), int(rows.prefix_lens.sum()), self.stats.value_rows - scored, seconds)
+
+    def _obstacle(self, works: list[Work]) -> str | None:
+        """Why this step cannot be a graph from end to end; None if it can."""
+        if self.graphs is None:
+            return "no graphs"
+        if self.pace is not None or any(self._is_behind(work.sequence) for work in works):
+            return "a bound on latency"
+        return self.graphs.obstacle(works)
+
+    def _decode(self, works: list[Work], events: list[TokenEvent]) -> None:
+        """`_run` where every sequence decodes its next token, on the device from end to end."""
+        assert self.graphs is not None
+        sequences = [work.sequence for work in works]
+        drawn = self.graphs.decode(sequences)
+        guided = np.array([bool(s.networks) for s in sequences])
+        evaluated = np.where(guided, drawn.count, 0)
+        self.stats.steps += 1
+        self.stats.graph_steps += 1
+        self.stats.model_rows += len(sequences)
+        self.stats.value_rows += int(evaluated.sum())
+        for work in works:
+            self.scheduler.computed(work)
+        fine = drawn.winners.column >= 0
+        self._drop_failed(sequences, drawn.finite, "logits", events)
+        self._drop_failed(sequences, fine | ~drawn.finite, "values", events)
+        for i in np.flatnonzero(fine).tolist():
+            sequence = sequences[i]
+            if guided[i]:
+                sequence.state_values, sequence.utilities = drawn.values[i], drawn.utilities[i]
+                sequence.filled = len(sequence.token_ids) + 1
+            events.append(self._accept(sequence, drawn.winners, i, int(evaluated[i])))
 
     # -- choosing --------------------------------------------------------------------------------------------
 

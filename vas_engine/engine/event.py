@@ -75,6 +75,8 @@ class EngineStats:
         value_rows: rows the value networks scored to choose tokens.
         pruned_rows: candidate rows that pruning spared.
         limited_tokens: tokens for which a latency bound or deadline left out candidates.
+        graph_steps: steps that ran from end to end as one graph.
+        obstacles: of an engine with graphs, why the other steps did not, and how many.
     """
 
     steps: int = 0
@@ -83,3 +85,5 @@ class EngineStats:
     value_rows: int = 0
     pruned_rows: int = 0
     limited_tokens: int = 0
+    graph_steps: int = 0
+    obstacles: dict[str, int] = field(default_factory=dict)

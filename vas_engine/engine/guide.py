@@ -115,6 +115,7 @@ class Guide:
 
     Attributes:
         fuses: whether heads, tilt and draw are one kernel: where the base model's attention is Triton's too.
+        head_tilt: `value_head_tilt` of that kernel, or its reference.
         sampler: the backend that selects candidates.
     """
 
@@ -124,7 +125,7 @@ class Guide:
         self._numbers = itertools.count()
         self.fuses = lm.attention_backend == "triton"
         self.sampler = "triton" if self.fuses else "auto"
-        self._head_tilt = function("value_head_tilt", lm.attention_backend)
+        self.head_tilt = function("value_head_tilt", lm.attention_backend)
         self._arrange(scorers)
 
     def _arrange(self, scorers: Mapping[str, Scorer]) -> None:
@@ -253,7 +254,7 @@ class Guide:
         part = Rows(sequences, rows.token_ids[index], positions, slots, prefix, offsets)
         source, where = self._before(network, rows, groups, begins, index, hidden)
         if network.reads_after:
-            source = _concatenate(hidden, network.scorer.states)
+            source = concatenate(hidden, network.scorer.states)
             where = torch.from_numpy(index).to(self.lm.device)
         batch = part.batch(self.lm.device)
         ended = [i for i, g in enumerate(groups) if completes[g]]
@@ -274,7 +275,7 @@ class Guide:
         if not network.reads_before:
             return None, None
         states = network.scorer.states
-        source = _concatenate(hidden, states)
+        source = concatenate(hidden, states)
         where = index - 1
         extra = [source.new_zeros(1, source.shape[1])]
         zero = len(source)
@@ -312,8 +313,8 @@ class Guide:
         scored = self._score(sequences, selection.token_ids[owner, column], owner, before, after)
         place = np.full(needed.shape, -1, np.int64)
         place[owner, column] = np.arange(len(owner))
-        guided = needed.any(1)
-        tilt = np.where(needed | (selection.filled & ~guided[:, None]), 0.0, -np.inf)
+        plain = ~needed.any(1, keepdims=True)
+        tilt = np.where(needed | (selection.filled & plain), 0.0, -np.inf)
         scratch = []
         for part in scored:
             if part.network.scorer.cache is not None:
@@ -339,7 +340,7 @@ class Guide:
         whole: tuple[Rows, AttentionBatch] | None = None
         scored = []
         for index, network in enumerate(self.networks):
-            uses: np.ndarray = np.array([index in s.networks for s in sequences], bool) & (counts > 0)
+            uses = np.fromiter((index in s.networks for s in sequences), bool, len(sequences)) & (counts > 0)
             if not uses.any():
                 continue
             picked = np.flatnonzero(uses[owner])
@@ -354,10 +355,10 @@ class Guide:
                 batch = rows.batch(device)
             source, where = None, None
             if network.reads_before:
-                source, where = _concatenate(before, network.scorer.states), owner[picked]
+                source, where = concatenate(before, network.scorer.states), owner[picked]
             elif network.reads_after:
                 assert after is not None
-                source, where = _concatenate(after, network.scorer.states), picked
+                source, where = concatenate(after, network.scorer.states), picked
             located = None if where is None else torch.from_numpy(where).to(device)
             run = network.scorer.features if self.fuses else network.scorer.score
             scored.append(Scored(network, uses, picked, run(rows.tokens(device), source, located, batch)))
@@ -416,7 +417,7 @@ class Guide:
         results: list[torch.Tensor] = [shift]
         for part in scored:
             offsets, columns, weights, limits, baselines = itertools.islice(moved, 5)
-            found = self._head_tilt(
+            found = self.head_tilt(
                 part.output,
                 part.network.scorer.served_heads.weights,
                 ValueSettings(weights, limits, baselines, optimal, candidate_mean),
@@ -479,5 +480,6 @@ def _moved(array: np.ndarray, source: np.ndarray) -> np.ndarray:
     return np.append(array, np.zeros(1, array.dtype))[source] if array.size else array
 
 
-def _concatenate(hidden: Hidden, states: Seq[int]) -> torch.Tensor:
+def concatenate(hidden: Hidden, states: Seq[int]) -> torch.Tensor:
+    """The chosen states side by side."""
     return hidden[states[0]] if len(states) == 1 else torch.cat([hidden[j] for j in states], dim=-1)

@@ -55,6 +55,7 @@ class Sequence:
         reads_before: a network wants the state before the candidate.
         own_cache: a network keeps K/V of its own.
         all_needed: every candidate must be scored (no pruning).
+        unfit: why its steps cannot be graphs from end to end; None if they can.
         end_ids: tokens that end it.
         filled: leading positions that the networks have processed.
         carry: hidden states of the last computed position, where the next rows need them.
@@ -100,6 +101,7 @@ class Sequence:
     reads_before: bool = False
     own_cache: bool = False
     all_needed: bool = False
+    unfit: str | None = None
     num_candidates: int = 0
     knobs: tuple[float, ...] = ()
     end_ids: frozenset[int] = frozenset()

@@ -14,6 +14,7 @@ import torch
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.kernels import has_triton, interprets, reference
 from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.graphs import captures
 
 _extension: Any = None
 with suppress(ImportError):  # built without a compiler: the reference serves
@@ -264,7 +265,7 @@ class TritonLayer:
 
 def _host_numbers(batch: AttentionBatch) -> Any:
     """The batch's `offsets`, `prefix_lens` and `slots` as arrays; None if they would have to be fetched."""
-    if batch.host is not None or batch.device.type != "cpu":
+    if batch.host is not None or batch.unslotted is not None or batch.device.type != "cpu":
         return batch.host
     arrays = {"offsets": batch.group_offsets, "prefix_lens": batch.prefix_lens, "slots": batch.slots}
     return SimpleNamespace(**{name: tensor.numpy() for name, tensor in arrays.items()})
@@ -375,9 +376,13 @@ def commit_layers(
     rows: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    """Rows (int64 [n]) of every layer's k, v [R, KVH, D] to slots int64 [n]; on a GPU in one launch."""
+    """Rows (int64 [n]) of every layer's k, v [R, KVH, D] to slots int64 [n]; on a GPU in one launch.
+
+    That launch finds the layers by a table that the host sends, which a graph cannot hold: there each layer has its
+    own.
+    """
     triton_layers = [layer for layer in layers if isinstance(layer, TritonLayer)]
-    if triton_layers and len(triton_layers) == len(layers):
+    if triton_layers and len(triton_layers) == len(layers) and not captures(slots.device):
         k_pages, v_pages = [layer.k_pages for layer in triton_layers], [layer.v_pages for layer in triton_layers]
         triton_layers[0].commit.kv_commit(keys, values, k_pages, v_pages, rows, slots)
         return

@@ -46,6 +46,8 @@ class AttentionBatch:
     host: Any = field(default=None, repr=False)
     """The same numbers as arrays, of whoever built the batch (a dataclass with `offsets`, `prefix_lens`, `slots` and
     `positions`, as `engine.rows.Rows`), for what the host plans; None: they would have to be fetched."""
+    unslotted: bool | None = None
+    """Whether any row is unslotted, of a batch whose numbers only the device knows and nobody may fetch."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a backend works out once and uses in every layer."""
 
@@ -133,6 +135,8 @@ class AttentionBatch:
 
     @cached_property
     def has_unslotted(self) -> bool:
+        if self.unslotted is not None:
+            return self.unslotted
         return bool(self.see_self.any() if self.host is None else (self.host.slots < 0).any())
 
     @cached_property
@@ -150,4 +154,5 @@ class AttentionBatch:
         if host is not None:
             lengths = np.minimum(host.prefix_lens, host.positions).astype(np.int32)
             host = replace(host, prefix_lens=lengths, slots=np.full_like(host.slots, -1))
-        return AttentionBatch(self.block_tables, self.group_offsets, below, nowhere, self.positions, host)
+        known = None if self.unslotted is None else True
+        return AttentionBatch(self.block_tables, self.group_offsets, below, nowhere, self.positions, host, known)

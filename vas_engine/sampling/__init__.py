@@ -3,7 +3,7 @@
 from vas_engine.sampling.arrays import SamplingArrays
 from vas_engine.sampling.backend import backend_name
 from vas_engine.sampling.noise import fork_seed, gumbel_noise
-from vas_engine.sampling.selection import Selection, select
+from vas_engine.sampling.selection import Selection, select, select_on_device
 from vas_engine.sampling.tilt import prune, value_tilt
 from vas_engine.sampling.winner import Winners, choose
 
@@ -17,5 +17,6 @@ __all__ = [
     "gumbel_noise",
     "prune",
     "select",
+    "select_on_device",
     "value_tilt",
 ]

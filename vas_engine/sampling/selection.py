@@ -81,6 +81,45 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
     return Selection(*(field.numpy() for field in vars(result).values()))
 
 
+def select_on_device(
+    logits: torch.Tensor, settings: torch.Tensor, width: int, backend: str = "auto"
+) -> reference.SelectionTensors:
+    """`select` without limits, bias or penalties, from settings that lie where the logits do.
+
+    Args:
+        logits: [B, V], as `select`'s.
+        settings: int64 [SETTINGS, S]: row of the logits, temperature (its bits), seed (its bits), position,
+            candidates, whether to keep the tail.
+        width: W, at least one more than the most candidates.
+        backend: as `select`'s; the Triton kernels only launch and wait for nothing.
+
+    Returns:
+        The fields of a `Selection` of W columns, on the logits' device.
+    """
+    if resolve_backend(backend, logits.device) == "triton":
+        from vas_engine.kernels import candidate_select as kernels
+
+        return kernels.views(kernels.select_packed(logits, settings, width), settings.shape[1], width)
+    rows, temperature, seed, position, candidates, keep_tail = settings.cpu().numpy()
+    arrays = SamplingArrays.build(
+        len(rows),
+        temperature=temperature.view(np.float64),
+        seed=seed.view(np.uint64),
+        position=position,
+        num_candidates=candidates,
+        keep_tail=keep_tail,
+    )
+    found = select(logits, np.ascontiguousarray(rows), arrays, backend)
+    missing = ((0, 0), (0, width - found.token_ids.shape[1]))
+    fields = (
+        np.pad(found.token_ids, missing, constant_values=-1),
+        np.pad(found.log_probs, missing, constant_values=-np.inf),
+        np.pad(found.noise, missing),
+        *(found.count, found.tail, found.tail_log_mass, found.finite),
+    )
+    return reference.SelectionTensors(*(torch.from_numpy(field).to(logits.device) for field in fields))
+
+
 def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection | None:
     """The kernels' selection, fetched in one transfer; None where they have no room."""
     from vas_engine.kernels import candidate_select as kernels

@@ -180,6 +180,11 @@ class ValueNetwork(nn.Module):
         return x if rows is None else x.index_select(0, rows)
 
     @property
+    def version(self) -> tuple:
+        """Another one once a weight has changed."""
+        return tuple((p.data_ptr(), p._version) for p in self.parameters())
+
+    @property
     def served_heads(self) -> Heads:
         """The heads as rows are computed with."""
         return self._serving().heads
@@ -222,7 +227,7 @@ class ValueNetwork(nn.Module):
         dtype = self._bound().dtype
         if dtype == torch.float32:
             return _Served((), self.layers, self.heads, self.state_weight)
-        version = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        version = self.version
         if self._served is None or self._served.version != version:
             heads = copy.deepcopy(self.heads)
             if heads.hidden is not None:

@@ -96,6 +96,10 @@ class Scorer(Protocol):
         """
 
     @property
+    def version(self) -> tuple:
+        """Another one whenever what ``features`` reads, or ``served_heads``, lies elsewhere than before."""
+
+    @property
     def served_heads(self) -> Heads:
         """The heads in the dtypes that rows are computed with."""
 

@@ -112,7 +112,8 @@ class ValueModel(nn.Module):
             head_hidden: hidden width of the heads, 0 for linear ones.
         """
         if isinstance(backbone, PreTrainedModel):
-            backbone = CausalLM.load(backbone, device=lm.device, dtype=lm.dtype)
+            backend = lm.attention_backend
+            backbone = CausalLM.load(backbone, device=lm.device, dtype=lm.dtype, attention_backend=backend)
         elif not isinstance(backbone, CausalLM):
             backbone = load_backbone(backbone, lm)
         heads = tuple(r if isinstance(r, HeadConfig) else HeadConfig(name=r, reward=r) for r in rewards)
@@ -203,6 +204,11 @@ class ValueModel(nn.Module):
             raise VASError("this value model is not bound to a base model: call bind(lm) first")
         last = self.lm_of_values.forward(token_ids, batch).last_hidden
         return last if rows is None else last.index_select(0, rows)
+
+    @property
+    def version(self) -> tuple:
+        """Always the same: nothing is made of the weights."""
+        return ()
 
     @property
     def served_heads(self) -> Heads:

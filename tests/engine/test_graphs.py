@@ -1,0 +1,242 @@
+"""Decode steps over fixed tensors, as graphs hold them, against the engine's ordinary steps.
+
+On a CPU a graph is the function itself, run again on the same tensors. What a GPU would hold fast (numbers that the
+host read, tensors made anew) is held fast by a recorder of operators and launches in place of the capture.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
+from tests.engine.conftest import distributional, drain, engine, llama, network, tokens
+from tests.engine.recorder import RecordedGraphs
+from vas_engine.engine import engine as engine_module
+from vas_engine.engine.decode import bucket
+from vas_engine.engine.event import TokenEvent
+from vas_engine.model import CausalLM
+from vas_engine.params import SamplingParams
+from vas_engine.values.config import HeadConfig
+
+HAS_GPU = torch.cuda.is_available()
+HEADS = (HeadConfig("plain", "plain"), HeadConfig("bounded", "bounded", bounds=(-1.0, 1.0)), distributional(name="of9"))
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(scope="module")
+def networks(lm) -> dict:
+    kinds = {"a": ("action", None), "r": ("reader", None), "s": ("side", HEADS), "m": ("model", None)}
+    return {name: network(kind, lm, heads, seed=i) for i, (name, (kind, heads)) in enumerate(kinds.items())}
+
+
+def ask(rng: random.Random, names: list[str], limited: bool) -> SamplingParams:
+    """A request of any sort; `limited`: perhaps with something that graphs do not hold."""
+    extra = {}
+    if limited and rng.random() < 0.1:
+        extra = rng.choice(
+            [{"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"logit_bias": {3: 1.0}},
+             {"min_tokens": 3}, {"return_hidden_states": True}, {"n": 2}]
+        )  # fmt: skip
+    return SamplingParams(
+        values={name: rng.uniform(-2, 2) for name in names if rng.random() < 0.3},
+        num_candidates=rng.choice([1, 3, 8, 20]),
+        max_tokens=rng.randrange(1, 36),
+        temperature=rng.choice([0.0, 0.8, 1.0]),
+        advantage_clip=rng.choice([None, 0.5]),
+        baseline=rng.choice(["state", "candidate-mean"]),
+        tail=rng.choice(["keep", "drop"]),
+        seed=rng.randrange(1000),
+        prune=False,
+        **extra,
+    )
+
+
+def traffic(running, seed: int, count: int, limited: bool = True) -> list[TokenEvent]:
+    """Requests that join at any time; one is cancelled."""
+    rng = random.Random(seed)
+    events: list[TokenEvent] = []
+    for i in range(count):
+        params = ask(rng, running.value_names, limited)
+        running.add_request(str(i), [rng.randrange(30) for _ in range(rng.randrange(1, 12))], params)
+        for _ in range(rng.choice([0, 0, 0, 3])):
+            events += running.step()
+        if i == 5:
+            running.cancel("4")
+    return events + drain(running)
+
+
+def assert_same(ours: list[TokenEvent], wanted: list[TokenEvent]) -> None:
+    assert len(ours) == len(wanted) > 0
+    place = Counter()
+    for event in wanted:
+        place[event.request_id, event.index] += 1
+    mine: dict = {}
+    for event in ours:
+        mine.setdefault((event.request_id, event.index), []).append(event)
+    theirs: dict = {}
+    for event in wanted:
+        theirs.setdefault((event.request_id, event.index), []).append(event)
+    assert mine.keys() == theirs.keys()
+    for key, found in mine.items():
+        for one, other in zip(found, theirs[key], strict=True):
+            same = ("token_id", "finish_reason", "stop_token", "evaluations", "seed")
+            assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
+            for name in ("log_prob", "tilted_log_prob", "kl", "values", "prompt_values"):
+                assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_traffic_equals_ordinary_steps(lm, networks, seed: int) -> None:
+    """Sequences that join, leave, are preempted; any values; some that graphs do not hold."""
+    many = seed > 1
+    options = {"num_blocks": 30 if many else 12} if seed % 2 else {}
+    plain, kept = engine(lm, networks, **options), engine(lm, networks, graphs=True, **options)
+    wanted = traffic(plain, seed, 40 if many else 14, limited=not many)
+    assert_same(traffic(kept, seed, 40 if many else 14, limited=not many), wanted)
+    if seed % 2:
+        assert kept.scheduler.num_preemptions == plain.scheduler.num_preemptions > 0
+    assert kept.stats.graph_steps > (20 if many else 1)
+    assert kept.stats.graph_steps + sum(kept.stats.obstacles.values()) == kept.stats.steps
+    assert many or len(kept.stats.obstacles) > 1
+    assert plain.stats.graph_steps == 0
+    assert plain.stats.obstacles == {}
+    for name in ("steps", "tokens", "model_rows", "value_rows"):
+        assert getattr(kept.stats, name) == getattr(plain.stats, name)
+
+
+def test_what_fills_a_bucket_changes_nothing(lm, networks) -> None:
+    """Bit for bit: the same bucket with other sequences in it, and their number within it."""
+    params = SamplingParams(values={"s.of9": 1.0, "r": -1.0}, num_candidates=6, seed=3, max_tokens=12, ignore_eos=True)
+
+    def values_beside(others: list[int]) -> list[dict]:
+        running = engine(lm, networks, graphs=True)
+        for i, seed in enumerate([3, *others]):
+            prompt = [5, 4, 3] if not i else [seed, seed, 1]
+            running.add_request(str(i), prompt, params.replace(seed=seed))
+        events = drain(running)
+        assert running.stats.graph_steps == 11
+        return [(e.token_id, e.values, e.log_prob) for e in events if e.request_id == "0"]
+
+    assert bucket(9) == bucket(10) == 10
+    alone = values_beside(list(range(10, 18)))
+    assert values_beside(list(range(20, 28))) == alone
+    assert values_beside(list(range(20, 29)))[1:] == alone[1:]  # the prompts' step has other shapes
+
+
+def test_values_come_and_go(lm, networks) -> None:
+    """Graphs of the networks there were serve no longer."""
+    rng = random.Random(0)
+    params = SamplingParams(values={"r": 1.0}, seed=1, max_tokens=10, ignore_eos=True)
+    results = []
+    for graphs in (False, True):
+        running = engine(lm, {"r": networks["r"]}, graphs=graphs)
+        running.add_request("0", [1, 2], params)
+        events = [event for _ in range(4) for event in running.step()]
+        running.add_value("s", network("side", lm, seed=9))
+        running.add_request("1", [3], SamplingParams(values={"s": 1.5}, seed=2, max_tokens=8, ignore_eos=True))
+        events += [event for _ in range(3) for event in running.step()]
+        running.remove_value("r")
+        results.append(tokens(events + drain(running)))
+        assert not graphs or len(running.graphs) < 3
+    assert results[0] == results[1]
+    assert rng
+
+
+def test_weights_that_change_are_seen(lm) -> None:
+    """A network trained further between two requests: what was made of its weights is made anew."""
+    params = SamplingParams(values={"v": 2.0}, seed=1, max_tokens=8, ignore_eos=True)
+    results = []
+    for graphs in (False, True):
+        value = network("action", lm)
+        running = engine(lm, {"v": value}, graphs=graphs)
+        running.add_request("0", [1, 2], params)
+        first = tokens(drain(running))
+        with torch.no_grad():
+            value.embed_weight.mul_(-1)
+        running.add_request("0", [1, 2], params)
+        results.append((first, tokens(drain(running))))
+        assert first != results[-1][1]
+    assert results[0] == results[1]
+
+
+def test_logits_that_are_not_finite_end_their_request_alone(lm, networks) -> None:
+    def poison(running, length: int):
+        logits = running.lm.logits
+
+        def poisoned(states):
+            found = logits(states)
+            live = running._live.get("1")
+            if live and len(live[0].token_ids) == length:
+                found[1] = torch.nan
+            return found
+
+        return poisoned
+
+    params = SamplingParams(values={"r": 1.0}, max_tokens=6, ignore_eos=True)
+    outcomes = []
+    for graphs in (False, True):
+        running = engine(lm, {"r": networks["r"]}, graphs=graphs)
+        for i in range(3):
+            running.add_request(str(i), [i + 1], params.replace(seed=i))
+        running.lm.logits = poison(running, 3)
+        try:
+            events = drain(running)
+        finally:
+            del running.lm.logits
+        (failed,) = [e for e in events if e.error is not None]
+        assert failed.request_id == "1"
+        assert "logits" in str(failed.error)
+        outcomes.append([(e.request_id, e.token_id) for e in events if e.error is None])
+        running.scheduler.check()
+    assert sorted(outcomes[0], key=str) == sorted(outcomes[1], key=str)
+
+
+def test_buckets() -> None:
+    sizes = [bucket(n) for n in range(1, 500)]
+    assert all(n <= size <= max(n + 1, 1.25 * n) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 40
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="stands for the capture of a GPU")
+@pytest.mark.parametrize("values", [{}, {"r": 1.0, "s.of9": -1.5, "m": 0.5}], ids=["plain", "guided"])
+def test_what_a_capture_would_hold_fast(values: dict[str, float], monkeypatch) -> None:
+    """The Triton backend's steps, recorded once a bucket and replayed without any of the engine's code."""
+    pytest.importorskip("triton")
+    kinds = {"r": ("reader", None), "s": ("side", HEADS), "m": ("model", None)} if values else {}
+    made = []
+
+    def record(device):
+        made.append(RecordedGraphs(device))
+        return made[-1]
+
+    events = []
+    for graphs in (False, True):
+        monkeypatch.setattr(engine_module, "Graphs", record)
+        lm = CausalLM.load(llama(layers=2).model, device="cpu", attention_backend="triton" if graphs else "reference")
+        nets = {name: network(kind, lm, heads, seed=i) for i, (name, (kind, heads)) in enumerate(kinds.items())}
+        running = engine(lm, nets, graphs=graphs)
+        found = []
+        for i in range(3):
+            params = SamplingParams(
+                values=values if i else {}, num_candidates=3, seed=i, max_tokens=(4, 6, 3)[i] + 2 * (not values), ignore_eos=True,
+                prune=False, top_k=7 if i == 2 and not values else 0,
+            )  # fmt: skip
+            running.add_request(str(i), [i + 1, 2], params)
+            if i == 1:
+                found += running.step()
+                found += running.step()
+        found += drain(running)
+        if values:  # trained further: what was made of the weights must be made anew
+            with torch.no_grad():
+                nets["r"].embed_weight.mul_(-1)
+            running.add_request("late", [4, 2], params.replace(top_k=0))
+        events.append(found + drain(running))
+    assert_same(events[1], events[0])
+    (recorded,) = made
+    assert recorded.replays > len(running.graphs)  # some graph served more than once
+    assert running.stats.graph_steps > 1

@@ -1,0 +1,345 @@
+"""Steps in which every sequence decodes one token, from its last token to the next without the host in between.
+
+They run over fixed tensors in a few sizes (buckets of sequences and of candidate rows), so that a GPU can keep them
+as CUDA graphs: the host fills in numbers, replays, and reads the winners. Rows that fill up a bucket write to a block
+of pages that no sequence owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vas_engine.engine.controls import KEEP_TAIL, TEMPERATURE
+from vas_engine.engine.guide import Guide, Network, concatenate
+from vas_engine.engine.rows import slot
+from vas_engine.engine.scheduler import Work
+from vas_engine.engine.sequence import Sequence
+from vas_engine.kernels.reference import SETTINGS, ValueSettings, WinnerTensors
+from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.graphs import Exchange, Graphs
+from vas_engine.model.lm import CausalLM, ForwardOutput
+from vas_engine.model.transfer import Packed
+from vas_engine.params import SamplingParams
+from vas_engine.sampling import Winners, select_on_device
+
+MAX_CANDIDATES = 64
+"""What the kernel that selects has room for."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What a step drew for S sequences.
+
+    Attributes:
+        finite: bool [S], False where the logits are not.
+        count: int64 [S], candidates that were scored.
+        values, utilities: float32 [S, values], of the winners.
+    """
+
+    winners: Winners
+    finite: np.ndarray
+    count: np.ndarray
+    values: np.ndarray
+    utilities: np.ndarray
+
+
+def unfit(params: SamplingParams, lookahead: bool) -> str | None:
+    """Why steps of a request cannot be kept as graphs from end to end; None if they can."""
+    reasons = {
+        "lookahead": lookahead,
+        "more than 64 candidates": params.num_candidates > MAX_CANDIDATES and bool(params.values),
+        "top_k, top_p or min_p": params.top_k > 0 or params.top_p < 1 or params.min_p > 0,
+        "penalties": (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0),
+        "logit_bias": bool(params.logit_bias),
+        "logprobs": bool(params.logprobs),
+        "return_hidden_states": params.return_hidden_states,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def bucket(count: int) -> int:
+    """The size that stands for a count: at most a quarter more, and eight sizes up to 8, four to each power of two."""
+    step = max(1, 2 ** ((count - 1).bit_length() - 3))
+    return -(-count // step) * step
+
+
+class DecodeGraphs:
+    """Graphs of decode steps, made when a size is first met.
+
+    Args:
+        lm: the base model; a block of its pages, `spare_block`, belongs to no sequence.
+        guide: the value networks.
+        graphs: keeps them.
+        max_blocks: longest block table.
+    """
+
+    def __init__(
+        self, lm: CausalLM, guide: Guide, graphs: Graphs, max_blocks: int, block_size: int, spare_block: int
+    ) -> None:
+        self.lm, self.guide, self.graphs = lm, guide, graphs
+        self.max_blocks, self.block_size, self.spare_block = max_blocks, block_size, spare_block
+        self._steps: dict[Any, _Step] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def forget(self) -> None:
+        """Drop all graphs: networks have come or gone."""
+        self._steps.clear()
+
+    def obstacle(self, works: Iterable[Work]) -> str | None:
+        """Why this step cannot be `decode`; None if it can."""
+        for work in works:
+            sequence = work.sequence
+            if not decodes(work):
+                return "prompts"
+            if sequence.unfit is not None:
+                return sequence.unfit
+            generated = len(sequence.token_ids) - sequence.prompt_len
+            if generated < sequence.params.min_tokens:
+                return "min_tokens"
+            if sequence.params.n > 1 and not sequence.index and not sequence.forked:
+                return "samples to fork"
+            if sequence.networks and sequence.filled < work.start + 1:
+                return "prompts"
+        return None
+
+    def decode(self, sequences: Seq[Sequence]) -> Drawn:
+        """Run the models over the last token of S sequences and draw the next one of each."""
+        numbers = sorted({index for s in sequences for index in s.networks})
+        networks = [self.guide.networks[index] for index in numbers]
+        guided = [s for s in sequences if s.networks]
+        most = max((s.num_candidates for s in guided), default=0)
+        width = 1 + (1 << (most - 1).bit_length() if most else 0)
+        rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
+        size = bucket(len(sequences)), bucket(rows) if rows else 0, width
+        key = (*size, *((network.number, network.scorer.version) for network in networks))
+        if key not in self._steps:
+            self._steps[key] = _DecodeStep(self, networks, *size)
+        return self._steps[key].run(sequences)
+
+    def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
+        """The base model alone, over the last token of S sequences; the result is good until the next step."""
+        key = bucket(len(sequences)), *self.guide.states
+        if key not in self._steps:
+            self._steps[key] = _ForwardStep(self, key[0])
+        return self._steps[key].run(sequences)
+
+
+def decodes(work: Work) -> bool:
+    """Whether a work is the last token of its sequence, and nothing else."""
+    return work.count == 1 and work.completes and not work.is_candidates
+
+
+class _Step:
+    """A step of up to `size` sequences over tensors of its own."""
+
+    def __init__(self, owner: DecodeGraphs, size: int, fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self.owner, self.size = owner, size
+        device = owner.lm.device
+        i64, i32 = torch.int64, torch.int32
+        places: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tokens": ((size,), i64),
+            "positions": ((size,), i64),
+            "slots": ((size,), i64),
+            "prefix_lens": ((size,), i32),
+            "tables": ((size, owner.max_blocks), i32),
+        }
+        self.inputs = Exchange(places | fields, device)
+        self._offsets = torch.arange(size + 1, dtype=i32, device=device)
+        self._tabled: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * size
+        self._replay: Callable[[], None] | None = None
+
+    def _fill(self, sequences: Seq[Sequence]) -> None:
+        """Tokens and places of the sequences; behind them rows that nobody reads."""
+        host, count, block_size = self.inputs.host, len(sequences), self.owner.block_size
+        for i, sequence in enumerate(sequences):
+            position = len(sequence.token_ids) - 1
+            host["tokens"][i], host["positions"][i] = sequence.token_ids[-1], position
+            host["slots"][i] = slot(sequence, position, block_size)
+            table = sequence.block_table
+            # Tables only grow, unless their sequence was preempted.
+            owner, preemptions, known = self._tabled[i]
+            if owner is not sequence or preemptions != sequence.num_preemptions:
+                known = 0
+            host["tables"][i, known : len(table)] = table[known:]
+            self._tabled[i] = sequence, sequence.num_preemptions, len(table)
+        host["prefix_lens"][:count] = host["positions"][:count] + 1
+        host["tokens"][count:] = host["positions"][count:] = 0
+        host["prefix_lens"][count:] = 1
+        host["tables"][count:, 0] = self.owner.spare_block
+        host["slots"][count:] = self.owner.spare_block * block_size
+        self._tabled[count:] = [(None, 0, 0)] * (self.size - count)
+
+    def _execute(self) -> None:
+        self.inputs.send()
+        if self._replay is None:
+            self._replay = self.owner.graphs.capture(self._work)
+        else:
+            self._replay()
+
+    def _work(self) -> None:
+        raise NotImplementedError
+
+    def run(self, sequences: Seq[Sequence]) -> Any:
+        """Fills in the sequences' numbers and does the work."""
+        raise NotImplementedError
+
+    def _forward(self) -> ForwardOutput:
+        given = self.inputs.device
+        # Everything that a batch works out from its numbers must be worked out here, each time.
+        batch = AttentionBatch(
+            given["tables"], self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
+        )
+        return self.owner.lm.forward(given["tokens"], batch, None, self.owner.guide.states)
+
+
+class _ForwardStep(_Step):
+    """The base model, for steps whose tokens are drawn by other means."""
+
+    def __init__(self, owner: DecodeGraphs, size: int) -> None:
+        super().__init__(owner, size, {})
+        self._output: ForwardOutput | None = None
+
+    def _work(self) -> None:
+        # Replays of a graph write to the tensors that its capture made, the last run of this.
+        self._output = self._forward()
+
+    def run(self, sequences: Seq[Sequence]) -> ForwardOutput:
+        self._fill(sequences)
+        self._execute()
+        found, count = self._output, len(sequences)
+        assert found is not None
+        hidden = {index: states[:count] for index, states in found.hidden.items()}
+        return ForwardOutput(None, hidden, found.last_hidden[:count])
+
+
+class _DecodeStep(_Step):
+    """From the sequences' last tokens to their next ones.
+
+    Args:
+        networks: those that any of the sequences uses.
+        rows: candidate rows there is room for. width: columns of a selection.
+    """
+
+    def __init__(self, owner: DecodeGraphs, networks: list[Network], size: int, rows: int, width: int) -> None:
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "settings": ((SETTINGS, size), torch.int64),
+            "optimal": ((size,), torch.bool),
+            "candidate_mean": ((size,), torch.bool),
+            "next_slots": ((size,), torch.int64),
+        }
+        for index, network in enumerate(networks):
+            shape = (size, network.columns.stop - network.columns.start)
+            fields[f"uses{index}"] = (size,), torch.bool
+            fields[f"weights{index}"] = shape, torch.float32
+            fields[f"limits{index}"] = shape, torch.float64
+            fields[f"baselines{index}"] = shape, torch.float32
+        super().__init__(owner, size, fields)
+        self.networks, self.rows, self.width = networks, rows, width
+        self._result: Packed | None = None
+
+    def run(self, sequences: Seq[Sequence]) -> Drawn:
+        self._fill(sequences)
+        self._fill_settings(sequences)
+        self._execute()
+        count, guide = len(sequences), self.owner.guide
+        assert self._result is not None
+        finite, candidates, *found = (array[:count] for array in self._result.fetch())
+        winners, found = Winners(*found[:5]), found[5:]
+        values = np.zeros((count, len(guide.value_names)), np.float32)
+        utilities = np.zeros_like(values)
+        for index, network in enumerate(self.networks):
+            values[:, network.columns], utilities[:, network.columns] = found[2 * index : 2 * index + 2]
+        return Drawn(winners, finite, candidates, values, utilities)
+
+    def _fill_settings(self, sequences: Seq[Sequence]) -> None:
+        host, count = self.inputs.host, len(sequences)
+        settings = host["settings"]
+        settings[0] = np.arange(self.size)
+        settings[:, count:][1:] = 0
+        knobs = np.array([s.knobs for s in sequences], np.float64)
+        settings[1, :count] = knobs[:, TEMPERATURE].copy().view(np.int64)
+        settings[2, :count] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)
+        settings[3, :count] = [len(s.token_ids) for s in sequences]
+        settings[4, :count] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
+        settings[5, :count] = knobs[:, KEEP_TAIL] != 0
+        if not self.networks:
+            return
+        host["optimal"][:count] = [s.optimal for s in sequences]
+        host["candidate_mean"][:count] = [s.params.baseline == "candidate-mean" for s in sequences]
+        host["next_slots"][:count] = [
+            slot(s, len(s.token_ids), self.owner.block_size) if s.own_cache else -1 for s in sequences
+        ]
+        place = {id(network): index for index, network in enumerate(self.owner.guide.networks)}
+        for index, network in enumerate(self.networks):
+            number = place[id(network)]
+            uses, own = host[f"uses{index}"], network.columns
+            uses[:count] = [number in s.networks for s in sequences]
+            uses[count:] = False
+            for i in np.flatnonzero(uses):
+                sequence = sequences[i]
+                host[f"weights{index}"][i] = sequence.weights[own]
+                host[f"limits{index}"][i] = sequence.limits[own]
+                host[f"baselines{index}"][i] = sequence.utilities[own]
+
+    def _work(self) -> None:
+        lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
+        forward = self._forward()
+        logits = lm.logits(forward.last_hidden)
+        selection = select_on_device(logits, given["settings"], self.width, guide.sampler)
+        results = [selection.finite, selection.count]
+        if not self.networks:
+            # The only column is the winner's, and what is drawn plainly has no tilt.
+            drawn, log_prob = selection.finite, selection.log_probs[:, 0]
+            column = torch.where(drawn, 0, -1)
+            winners = WinnerTensors(column, selection.token_ids[:, 0], log_prob, log_prob, torch.zeros_like(log_prob))
+            self._result = Packed([*results, *vars(winners).values()])
+            return
+        tilt = torch.zeros_like(selection.log_probs)
+        row = torch.arange(self.rows, device=tilt.device)
+        scored = []
+        for index, network in enumerate(self.networks):
+            counts = torch.where(given[f"uses{index}"], selection.count, 0)
+            offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            # Rows behind the last sequence's see nothing, and what comes of them is not read.
+            owner = torch.searchsorted(offsets[1:], row, right=True)
+            live, owner = owner < self.size, owner.clamp(max=self.size - 1)
+            column = (row - offsets[owner]).clamp(max=self.width - 1)
+            token_ids = selection.token_ids[owner, column].clamp(min=0)
+            positions = torch.where(live, given["positions"][owner] + 1, 0)
+            groups = offsets.to(torch.int32)
+            laid = torch.cat([groups[:-1], groups.new_full((1,), self.rows)])
+            batch = AttentionBatch(
+                given["tables"], laid, positions.to(torch.int32), torch.full_like(row, -1), positions, unslotted=True
+            )
+            source = concatenate(forward.hidden, network.scorer.states) if network.reads_before else None
+            features = network.scorer.features(token_ids, source, None if source is None else owner, batch)
+            asked = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
+            found = guide.head_tilt(
+                features,
+                network.scorer.served_heads.weights,
+                ValueSettings(*asked, given["optimal"], given["candidate_mean"]),
+                groups,
+                column.to(torch.int32),
+                selection,
+                tilt,
+                choose=network is self.networks[-1],
+            )
+            scored.append((network, given[f"uses{index}"], offsets, found))
+        drawn_by = scored[-1][3].winners
+        assert drawn_by is not None
+        results += vars(drawn_by).values()
+        for network, uses, offsets, found in scored:
+            moves = uses & (drawn_by.column >= 0)
+            won = torch.where(moves, offsets[:-1] + drawn_by.column, 0)
+            results += [torch.where(moves[:, None], of[won], 0.0) for of in (found.values, found.utilities)]
+            if network.scorer.cache is not None:
+                network.scorer.commit(won, torch.where(moves, given["next_slots"], -1))
+        self._result = Packed(results)

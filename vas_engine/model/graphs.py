@@ -1,0 +1,76 @@
+"""Work on fixed tensors, kept as CUDA graphs. On a CPU it is done anew each time, on the same tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from vas_engine.model.transfer import Layout
+
+
+def captures(device: torch.device) -> bool:
+    """Whether what runs now is being captured: its tensors then stay where they are, and nothing may wait."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Graphs:
+    """Captures work; all graphs share one pool of memory, so no two may run at once.
+
+    Args:
+        device: where the work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: tuple[int, int] | None = None
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Does the work and returns what does it again.
+
+        The work may be done several times in a row without harm; it reads and writes tensors that outlive it, by their
+        addresses, and everything else it looks at is taken as it was now. Work that cannot be captured (it waits for
+        the device, say) is warned of once and done by launching it.
+        """
+        if self.device.type != "cuda":
+            work()
+            return work
+        # Kernels are compiled and libraries take their memory outside of the capture.
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            work()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            warnings.warn(f"decoding without a CUDA graph: capturing failed ({error})", stacklevel=2)
+            work()
+            return work
+        self._pool = self._pool or graph.pool()
+        # Whatever the work made now lies in the graph's memory, where nothing has been computed yet.
+        graph.replay()
+        return graph.replay
+
+
+class Exchange:
+    """Arrays that the host hands to work on a device in one transfer, at fixed places on both sides.
+
+    Attributes:
+        host: arrays that the host writes to.
+        device: tensors of the same shapes, which `send` brings up to date.
+    """
+
+    def __init__(self, fields: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+        layout = Layout(list(fields.values()))
+        self._source = layout.host_buffer(device).zero_()
+        self._target = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+        self.host = {name: view.numpy() for name, view in zip(fields, layout.views(self._source), strict=True)}
+        self.device = dict(zip(fields, layout.views(self._target), strict=True))
+
+    def send(self) -> None:
+        """What the host has written, to the device; not waited for."""
+        self._target.copy_(self._source, non_blocking=True)
