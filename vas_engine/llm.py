@@ -14,6 +14,7 @@ from vas_engine import arguments
 from vas_engine.engine.engine import Engine
 from vas_engine.engine.memory import CPU_FRACTION, count_blocks, free_memory
 from vas_engine.engine.output import OutputFront
+from vas_engine.engine.profile import CudaMeter, activation_memory
 from vas_engine.errors import InvalidArgumentError, KVCacheError, VASError
 from vas_engine.interrupt import deferred_interrupt
 from vas_engine.model import ranks
@@ -69,13 +70,15 @@ class LLM:
         max_num_batched_tokens: rows of one step; default 2048 on a CPU, 8192 on CUDA.
         max_model_len: longest prompt and completion together; default the model's, or what the KV cache
             holds.
-        kv_cache_memory: bytes or a text such as "2GiB"; default 40 % of the free memory on a CPU, 85 % of
-            what the weights leave free on CUDA, and never more than all sequences at full length can use.
+        kv_cache_memory: bytes or a text such as "2GiB"; default 40 % of the free memory on a CPU, 92 % of
+            what the weights and the largest step (tried while loading) leave free on CUDA, and never more than all
+            sequences at full length can use.
         block_size: tokens of one page of the KV cache.
         attention_backend: "auto", "cpp" (the CPU extension), "triton" (a GPU's kernels) or "reference" (plain torch).
         enforce_eager: False compiles the base model by torch.compile while loading: about a second a layer each
             time, and memory for a second copy of its weights; steps are then up to twice as fast on a CPU.
-            None (the default) and True run it eagerly.
+            None (the default) and True run it eagerly. On CUDA decode steps are graphs, captured when a size of
+            batch is first met, unless this is True.
         enable_prefix_caching: reuse the pages of prompts that begin alike.
         seed: makes requests without a seed of their own repeatable: the i-th since loading always draws the
             same one.
@@ -134,7 +137,13 @@ class LLM:
         if enforce_eager is False:  # before the pages, whose default size is a share of the memory left
             self.lm.compile([index for scorer in self.values.values() for index in scorer.states])
         self.engine = self._build_engine(
-            max_num_seqs, max_num_batched_tokens, max_model_len, memory, block_size, enable_prefix_caching
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            memory,
+            block_size,
+            enable_prefix_caching,
+            graphs=enforce_eager is not True,
         )
         self._front = OutputFront(self.engine, self.tokenizer)
         if seed is None and tensor_parallel_size > 1:
@@ -154,9 +163,11 @@ class LLM:
         memory: int | None,
         block_size: int,
         enable_prefix_caching: bool,
+        graphs: bool,
     ) -> Engine:
         kind = "cuda" if self.lm.device.type == "cuda" else "cpu"
         seqs = max_num_seqs or MAX_NUM_SEQS[kind]
+        batched = max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[kind]
         longest = self.lm.max_model_len
         if max_model_len is not None and max_model_len > longest:
             fix = f"the model was made for at most {longest} positions; ask for no more"
@@ -166,7 +177,11 @@ class LLM:
         shared = self.lm.tensor_parallel_size
         if memory is None and shared > 1 and kind == "cpu":
             memory = int(free_memory(self.lm.device) * CPU_FRACTION / shared)
-        blocks = count_blocks(size, block_size, seqs, length, self.lm.device, memory)
+        activations = 0
+        if memory is None and kind == "cuda":
+            meter = CudaMeter(self.lm.device)
+            activations = activation_memory(self.lm, self.values, seqs, batched, length, block_size, meter)
+        blocks = count_blocks(size, block_size, seqs, length, self.lm.device, memory, activations)
         if shared > 1:
             blocks = ranks.least(blocks, self.lm.device)
         room = blocks * block_size
@@ -180,11 +195,12 @@ class LLM:
             self.lm,
             self.values,
             max_num_seqs=seqs,
-            max_num_batched_tokens=max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[kind],
+            max_num_batched_tokens=batched,
             max_model_len=min(length, room),
             num_blocks=blocks,
             block_size=block_size,
             enable_prefix_caching=enable_prefix_caching,
+            graphs=graphs and kind == "cuda" and shared == 1,
         )
 
     @property

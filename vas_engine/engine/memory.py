@@ -11,8 +11,9 @@ from vas_engine.errors import KVCacheError
 
 CPU_FRACTION = 0.4
 """Share of the memory that is free on the host: pages are touched as they fill, activations need the rest."""
-CUDA_FRACTION = 0.85
-"""Share of the memory that is free on the device once the weights are there."""
+CUDA_FRACTION = 0.92
+"""Share of the memory that is free on the device once the weights are there and what steps need is put aside. The rest
+is for what the steps' own measurement does not see: graphs' pool, libraries, fragments."""
 
 
 def count_blocks(
@@ -22,18 +23,22 @@ def count_blocks(
     max_model_len: int,
     device: torch.device,
     kv_cache_memory: int | None = None,
+    activations: int = 0,
 ) -> int:
     """Blocks to allocate: what the memory holds, but no more than all sequences at full length can use.
 
     Args:
         bytes_per_block: of all caches together.
         kv_cache_memory: bytes; None takes a share of the free memory (`CPU_FRACTION`, `CUDA_FRACTION`).
+        activations: bytes of the free memory that steps need.
 
     Raises:
         KVCacheError: not one block fits.
     """
     share = CUDA_FRACTION if device.type == "cuda" else CPU_FRACTION
-    budget = int(free_memory(device) * share) if kv_cache_memory is None else kv_cache_memory
+    budget = kv_cache_memory
+    if budget is None:
+        budget = max(0, int((free_memory(device) - activations) * share))
     # One block more than the length asks for: a sequence may reserve its next slot ahead of time.
     useful = max_num_seqs * (-(-max_model_len // block_size) + 1)
     blocks = min(useful, budget // bytes_per_block)
