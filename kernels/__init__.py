@@ -23,6 +23,6 @@ def interprets() -> bool:
 
 
 def function(name: str, backend: str) -> Callable[..., Any]:
-    """`candidate_input` or `value_head_tilt`: the Triton kernel for backend "triton", else the reference."""
-    module = _TRITON[name] if backend == "triton" else "reference"
+    """`candidate_input` or `value_head_tilt`: the Triton kernel, or the reference where a backend has none."""
+    module = "reference" if backend in ("cpp", "reference") else _TRITON[name]
     return getattr(importlib.import_module(f"vas_engine.kernels.{module}"), name)

@@ -74,7 +74,8 @@ class LLM:
             what the weights and the largest step (tried while loading) leave free on CUDA, and never more than all
             sequences at full length can use.
         block_size: tokens of one page of the KV cache.
-        attention_backend: "auto", "cpp" (the CPU extension), "triton" (a GPU's kernels) or "reference" (plain torch).
+        attention_backend: "auto", "cpp" (the CPU extension), "triton" (a GPU's kernels), "flash-attn" (these, and that
+            package for prompts) or "reference" (plain torch).
         enforce_eager: False compiles the base model by torch.compile while loading: about a second a layer each
             time, and memory for a second copy of its weights; steps are then up to twice as fast on a CPU.
             None (the default) and True run it eagerly. On CUDA decode steps are graphs, captured when a size of

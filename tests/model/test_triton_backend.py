@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_which_backend_serves(monkeypatch):
     monkeypatch.setattr(backend, "has_triton", lambda: True)
+    monkeypatch.setattr(backend, "_capability", lambda device: (7, 0))  # older than flash-attn serves
     assert resolve_backend("auto", CUDA, torch.bfloat16) == "triton"
     assert resolve_backend("triton", CUDA, torch.float16) == "triton"
     assert resolve_backend("auto", CUDA, torch.float64) == "reference"

@@ -23,7 +23,6 @@ _EXTRAS = {
     "otel": ("opentelemetry",),
     "remote": ("httpx",),
     "gpu": ("triton",),
-    "flash-attn": ("flash_attn",),
 }
 _EPILOG = """\
 examples:
@@ -65,6 +64,8 @@ def describe_installation() -> dict[str, Any]:
     """What runs here: versions, devices, threads, what was built, which extras are there."""
     import torch
 
+    from vas_engine.kernels import has_triton
+    from vas_engine.model import flash
     from vas_engine.model.backend import has_extension
     from vas_engine.sampling import backend_name
 
@@ -81,8 +82,26 @@ def describe_installation() -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "sampler": backend_name(),
         "attention on CPU": "cpp" if has_extension() else "reference",
-        "extras": {name: all(find_spec(m) for m in modules) for name, modules in _EXTRAS.items()},
+        "attention on GPU": _gpu_attention(has_triton(), flash.installed(_capability())),
+        "extras": {
+            **{name: all(find_spec(m) for m in modules) for name, modules in _EXTRAS.items()},
+            **{name: _version(name) is not None for name in flash.PACKAGES},
+        },
     }
+
+
+def _capability() -> tuple[int, int] | None:
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _gpu_attention(triton: bool, flash: str | None) -> str:
+    """What attention_backend="auto" takes on a GPU in bfloat16."""
+    if not triton:
+        return "reference"
+    kernels = f"triton {_version('triton')}"
+    return f"{kernels}, {flash} for prompts" if flash else kernels
 
 
 def describe_model(llm: Any) -> dict[str, Any]:

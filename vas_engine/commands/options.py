@@ -79,7 +79,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, metavar="N", help="longest prompt and completion together")
     add("--kv-cache-memory", metavar="SIZE", help="such as 2GiB")
     add("--block-size", type=int, metavar="N", help="tokens of a page of the KV cache (default 16)")
-    add("--attention-backend", metavar="auto|cpp|triton|reference")
+    add("--attention-backend", metavar="auto|cpp|triton|flash-attn|reference")
     add(
         "--compile",
         dest="enforce_eager",

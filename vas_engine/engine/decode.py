@@ -283,7 +283,7 @@ class _DecodeStep(_Step):
             uses, own = host[f"uses{index}"], network.columns
             uses[:count] = [number in s.networks for s in sequences]
             uses[count:] = False
-            for i in np.flatnonzero(uses):
+            for i in np.flatnonzero(uses).tolist():
                 sequence = sequences[i]
                 host[f"weights{index}"][i] = sequence.weights[own]
                 host[f"limits{index}"][i] = sequence.limits[own]
@@ -321,11 +321,11 @@ class _DecodeStep(_Step):
             )
             source = concatenate(forward.hidden, network.scorer.states) if network.reads_before else None
             features = network.scorer.features(token_ids, source, None if source is None else owner, batch)
-            asked = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
+            weights, limits, baselines = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
             found = guide.head_tilt(
                 features,
                 network.scorer.served_heads.weights,
-                ValueSettings(*asked, given["optimal"], given["candidate_mean"]),
+                ValueSettings(weights, limits, baselines, given["optimal"], given["candidate_mean"]),
                 groups,
                 column.to(torch.int32),
                 selection,

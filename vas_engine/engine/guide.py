@@ -15,6 +15,7 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings
+from vas_engine.model.backend import launches
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.lm import CausalLM
 from vas_engine.model.transfer import to_device, to_host
@@ -123,7 +124,7 @@ class Guide:
         self.lm = lm
         self.networks: list[Network] = []
         self._numbers = itertools.count()
-        self.fuses = lm.attention_backend == "triton"
+        self.fuses = launches(lm.attention_backend)
         self.sampler = "triton" if self.fuses else "auto"
         self.head_tilt = function("value_head_tilt", lm.attention_backend)
         self._arrange(scorers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import torch
 
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.kernels import has_triton, interprets, reference
+from vas_engine.model import flash
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.graphs import captures
 
@@ -20,7 +21,7 @@ _extension: Any = None
 with suppress(ImportError):  # built without a compiler: the reference serves
     _extension = importlib.import_module("vas_engine._attention")
 
-BACKENDS = ("auto", "cpp", "reference", "triton")
+BACKENDS = ("auto", "cpp", "flash-attn", "reference", "triton")
 _SEES_NO_SELF = -2  # a slot for the extension: written nowhere, own key not seen
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -161,14 +162,18 @@ class CppLayer:
 class TritonLayer:
     """Triton kernels, on a GPU. Queries may be of another float dtype than the pages.
 
+    With a function of flash-attn that one attends for the chunks of prompts which write their keys.
+
     What work there is follows from the batch once, for all layers: from `batch.host`, where whoever built the batch
     has left its numbers as arrays; without it from shapes, on the device. Neither reads anything back.
     """
 
-    def __init__(self, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    def __init__(
+        self, k_pages: torch.Tensor, v_pages: torch.Tensor, function: Callable[..., Any] | None = None
+    ) -> None:
         if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
             raise InvalidArgumentError("k_pages, v_pages", tuple(k_pages.shape), "need to be contiguous")
-        self.k_pages, self.v_pages = k_pages, v_pages
+        self.k_pages, self.v_pages, self.flash = k_pages, v_pages, function
         self.decode = importlib.import_module("vas_engine.kernels.candidate_attention")
         self.prefill = importlib.import_module("vas_engine.kernels.paged_prefill")
         self.commit = importlib.import_module("vas_engine.kernels.kv_commit")
@@ -199,7 +204,9 @@ class TritonLayer:
         if decodes is not None:
             own = () if k is None else (k, v, batch.see_self)
             self.decode.candidate_attention(*seen, *own, **how, items=decodes, out=out)
-        if chunks is not None:
+        if self.flash is not None and isinstance(chunks, flash.Chunks):
+            flash.attend(self.flash, q, *pages, chunks, scale, softcap, window, out)
+        elif chunks is not None:
             self.prefill.paged_prefill(*seen, **how, items=chunks, out=out)
         return out
 
@@ -220,10 +227,10 @@ class TritonLayer:
                 items = self.decode.plan(q, self.k_pages, batch.block_tables, batch.group_offsets)
                 batch.cache[key] = (items, None)
             else:
-                batch.cache[key] = self._plan_on_host(q, own, host)
+                batch.cache[key] = self._plan_on_host(q, own, host, batch.block_tables)
         return batch.cache[key]
 
-    def _plan_on_host(self, q: torch.Tensor, own: bool, host: Any) -> tuple[Any, Any]:
+    def _plan_on_host(self, q: torch.Tensor, own: bool, host: Any, tables: torch.Tensor) -> tuple[Any, Any]:
         """Groups of more rows than a tile of candidates takes are chunks, if all their keys are in the pages."""
         kv_heads, dim = self.k_pages.shape[2:]
         share = q.shape[1] // kv_heads
@@ -252,7 +259,10 @@ class TritonLayer:
         if not chunk.all():
             most = int(counts[~chunk].max()) * share
             decodes = items(~chunk, self.decode.configuration(most, dim, wide))
-        if chunk.any():
+        if chunk.any() and self.flash is not None and own and q.dtype == self.k_pages.dtype:
+            places = (groups[chunk], starts[chunk].astype(np.int64), counts[chunk], lengths[chunk])
+            chunks = flash.plan(*places, tables, self.k_pages.shape[1])
+        elif chunk.any():
             chunks = items(chunk, self.prefill.configuration(dim, wide))
         return decodes, chunks
 
@@ -308,7 +318,7 @@ def candidate_attention(
     resolved = resolve_backend(backend, q.device, k_pages.dtype)
     if resolved != "cpp":
         kernels: Any = reference
-        if resolved == "triton":
+        if launches(resolved):
             kernels = importlib.import_module("vas_engine.kernels.candidate_attention")
         return kernels.candidate_attention(
             q,
@@ -339,6 +349,15 @@ def has_extension() -> bool:
     return _extension is not None and hasattr(_extension, "Pages")
 
 
+def launches(backend: str) -> bool:
+    """Whether a resolved backend runs Triton kernels."""
+    return backend in ("flash-attn", "triton")
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ``name`` means here; one that cannot serve is an :class:`InvalidArgumentError`."""
     if name not in BACKENDS:
@@ -346,15 +365,22 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     can_cpp = has_extension() and device.type == "cpu" and dtype in DTYPE_CODES
     if name == "auto":
         if device.type == "cuda" and has_triton() and dtype in DTYPE_CODES:
-            return "triton"
+            return "flash-attn" if dtype in flash.DTYPES and flash.installed(_capability(device)) else "triton"
         return "cpp" if can_cpp else "reference"
-    if name == "triton":
+    if launches(name):
         if not has_triton():
             raise InvalidArgumentError("attention_backend", name, "Triton is missing: `pip install vas-engine[gpu]`")
         if dtype not in DTYPE_CODES:
             raise InvalidArgumentError("attention_backend", name, f"it does not serve {dtype}; ask for 'reference'")
         if device.type != "cuda" and not interprets():
             fix = "its kernels need a GPU; on a CPU they run with TRITON_INTERPRET=1 only, which is for tests"
+            raise InvalidArgumentError("attention_backend", name, fix)
+    if name == "flash-attn":
+        if device.type != "cuda" or dtype not in flash.DTYPES:
+            fix = f"it serves bfloat16 and float16 on a GPU, not {dtype} on {device.type}; ask for 'auto'"
+            raise InvalidArgumentError("attention_backend", name, fix)
+        if flash.installed(_capability(device)) is None:
+            fix = "nothing installed serves this GPU: `pip install vas-engine[flash-attn]` (or [flash-attn-4])"
             raise InvalidArgumentError("attention_backend", name, fix)
     if name == "cpp" and not can_cpp:
         why = "build it with `python setup.py build_ext --inplace`" if not has_extension() else "it serves CPUs only"
@@ -365,6 +391,9 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 def make_layer(k_pages: torch.Tensor, v_pages: torch.Tensor, backend: str = "auto") -> PagedLayer:
     """Pages [num_blocks, block_size, KVH, D] bound to a backend."""
     resolved = resolve_backend(backend, k_pages.device, k_pages.dtype)
+    if resolved == "flash-attn":
+        fits = k_pages.shape[3] <= flash.MAX_HEAD_DIM and k_pages.shape[3] % 8 == 0
+        return TritonLayer(k_pages, v_pages, flash.load(k_pages.device) if fits else None)
     made: dict[str, Any] = {"cpp": CppLayer, "reference": ReferenceLayer, "triton": TritonLayer}
     return made[resolved](k_pages, v_pages)
 

@@ -137,7 +137,7 @@ class CausalLM:
             device: "auto" (CUDA where there is one) or a torch device.
             dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
             load_format: "auto", or "dummy" for random weights of the real shape.
-            attention_backend: "auto", "cpp", "triton" or "reference".
+            attention_backend: "auto", "cpp", "triton", "flash-attn" or "reference".
             revision: of a hub model.
             tensor_parallel_size: ranks that share it, as `LLM` says.
 
