@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,17 @@ from transformers.utils import logging
 from benchmarks import record
 from benchmarks.contenders import LOGIT_SCALE
 from benchmarks.gpu_clock import Budget, Ceilings, measure_ceilings
+from benchmarks.gpu_peers import PEERS, batched, guided, rate
 from benchmarks.record import spread
 from vas_engine.commands.bench import WARM, decode, room
 from vas_engine.engine.cost import SHAPES, Device, Network, Shape, network_config, predict
 from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
 
-KINDS = ("plain", "reader", "side", "lookahead", "reader-4")
-"""What is measured; the last one is four readers at once."""
+KINDS = ("plain", "reader", "side", "lookahead", "reader-4", *PEERS)
+"""What is measured: "reader-4" is four readers at once, the last ones are transformers alone."""
+VALUE_MODEL = {"llama-8b": "llama-1.1b", "tiny": "tiny"}
+"""Shape of the value model of the paper's method, by that of the base model."""
 MODELS = {**SHAPES, "tiny": Shape(2, 64, 4, 2, 16, 128, 512, dtype="float32")}
 FIRST_GUESS = 20_000.0
 """Prompt tokens per second, until some have been seen."""
@@ -75,7 +78,7 @@ def dummy_model(shape: Shape, device: torch.device, positions: int) -> PreTraine
 
 def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
     """The networks of a kind, each about one hundredth of the base; "reader-4" is four of "reader"."""
-    if kind == "plain":
+    if kind == "plain" or kind in PEERS:
         return {}
     name, _, count = kind.rpartition("-") if kind[-1].isdigit() else (kind, "", "1")
     return {f"value{index}": Network(network_config(shape, name)) for index in range(int(count))}
@@ -83,7 +86,11 @@ def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
 
 def settings(kind: str, contexts: Sequence[int], batches: Sequence[int], candidates: Sequence[int]) -> list[Setting]:
     """In the order of what they take: prompts already seen are found in the prefix cache."""
-    counts = [0] if kind == "plain" else sorted(candidates, reverse=True)
+    counts = [0] if kind in ("plain", "hf-batch") else sorted(candidates, reverse=True)
+    if kind == "hf-guided":
+        # The port is slow: one setting, that of the goal.
+        contexts, counts = [min(contexts)], counts[:1]
+        batches = [16] if 16 in batches else [max(batches)]
     return [Setting(kind, c, b, n) for c in sorted(contexts) for b in sorted(batches) for n in counts]
 
 
@@ -132,6 +139,42 @@ def measure(
         yield {**asdict(setting), "tokens_per_second": spread(rates), "rounds": len(rates)}
 
 
+def measure_peer(
+    kind: str,
+    planned: Sequence[Setting],
+    name: str,
+    device: torch.device,
+    steps: int,
+    rounds: int,
+    budget: Budget,
+) -> Iterator[dict[str, Any]]:
+    """As `measure`, of transformers alone."""
+    shape, longest = MODELS[name], max(setting.context for setting in planned) + 2 * (steps + WARM)
+    try:
+        model = dummy_model(shape, device, longest).eval()
+        value = MODELS[VALUE_MODEL.get(name, name)]
+        value = replace(value, vocab=shape.vocab, dtype=shape.dtype)
+        backbone = dummy_model(value, device, longest).eval().base_model if kind == "hf-guided" else None
+    except Exception as error:  # of whatever sort, as in measure
+        yield from ({**asdict(setting), "failed": f"{type(error).__name__}: {error}"} for setting in planned)
+        return
+    generator = torch.Generator().manual_seed(0)
+    for setting in planned:
+        if budget.left < 0:
+            yield {**asdict(setting), "skipped": "no time is left"}
+            continue
+        prompts = torch.randint(3, shape.vocab, (setting.batch, setting.context), generator=generator).tolist()
+        call = batched(model) if backbone is None else guided(model, backbone, setting.candidates)
+        try:
+            rates = [rate(call, prompts, steps, WARM)]
+            while len(rates) < rounds and budget.left > 0:
+                rates.append(rate(call, prompts, steps, WARM))
+        except Exception as error:  # likewise
+            yield {**asdict(setting), "failed": f"{type(error).__name__}: {error}"}
+            continue
+        yield {**asdict(setting), "tokens_per_second": spread(rates), "rounds": len(rates)}
+
+
 def compare(rows: list[dict[str, Any]], shape: Shape, ceilings: Ceilings, steps: int) -> None:
     """Adds to each measured row its ratio to plain decoding and its share of the roofline."""
     roof = Device("measured", ceilings.bandwidth, {shape.dtype: ceilings.flops}, launch=0.0, step=0.0)
@@ -143,13 +186,15 @@ def compare(rows: list[dict[str, Any]], shape: Shape, ceilings: Ceilings, steps:
     for row in rows:
         if "tokens_per_second" not in row:
             continue
-        rate, place = row["tokens_per_second"]["median"], (row["context"], row["batch"])
+        median, place = row["tokens_per_second"]["median"], (row["context"], row["batch"])
         if place in plain:
-            row["ratio_to_plain"] = rate / plain[place]
+            row["ratio_to_plain"] = median / plain[place]
+        if row["kind"] in PEERS:
+            continue
         networks = list(networks_of(shape, row["kind"]).values())
         middle = row["context"] + WARM + steps / 2
         found = predict(shape, roof, row["batch"], middle, networks, row["candidates"] or 1)
-        row["of_roofline"] = rate / found.tokens_per_second
+        row["of_roofline"] = median / found.tokens_per_second
         row["ratio_at_roofline"] = found.ratio
 
 
@@ -167,8 +212,9 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{place}  {state}: {row[state.lower()].splitlines()[0][:80]}")
             continue
         ratio = f"{row['ratio_to_plain']:.3f}" if "ratio_to_plain" in row else ""
-        rate = row["tokens_per_second"]["median"]
-        lines.append(f"{place}{rate:>10.1f}{ratio:>10}{row['ratio_at_roofline']:>9.3f}{row['of_roofline']:>9.2f}")
+        median = row["tokens_per_second"]["median"]
+        roof = f"{row['ratio_at_roofline']:>9.3f}{row['of_roofline']:>9.2f}" if "of_roofline" in row else ""
+        lines.append(f"{place}{median:>10.1f}{ratio:>10}{roof}")
     return "\n".join(lines)
 
 
@@ -183,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda")
     made.add_argument("--shape", choices=MODELS, default="llama-8b")
     made.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64])
+    made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 16, 32, 64])
     made.add_argument("--context", nargs="+", type=int, default=[1024, 8192])
     made.add_argument("--candidates", nargs="+", type=int, default=[1, 5, 20])
     made.add_argument("--steps", type=int, default=16, help="timed, one token a request each (16)")
@@ -206,7 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if kind.endswith("-4"):
             planned = [setting for setting in planned if setting.candidates == max(options.candidates)]
         share = Budget(budget.left / (len(options.kinds) - place))
-        for row in measure(kind, planned, shape, device, options.steps, options.rounds, share):
+        if kind in PEERS:
+            measured = measure_peer(kind, planned, options.shape, device, options.steps, options.rounds, share)
+        else:
+            measured = measure(kind, planned, shape, device, options.steps, options.rounds, share)
+        for row in measured:
             report["results"].append(row)
             compare(report["results"], shape, ceilings, options.steps)
             record.write(options.json, {**circumstances, **report})

@@ -1,0 +1,77 @@
+"""A GPU against the CPU, and graphs against ordinary steps, whole engines in float32."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+import torch
+
+from tests.engine.conftest import distributional, drain, engine, llama, network, tokens
+from vas_engine.engine.engine import Engine
+from vas_engine.model import CausalLM
+from vas_engine.params import SamplingParams
+from vas_engine.values.config import HeadConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+KINDS = {
+    "r": ("reader", None),
+    "s": ("side", (HeadConfig("plain", "plain"), distributional(name="of9"))),
+    "l": ("lookahead", None),
+    "m": ("model", None),
+}
+
+
+def build(device: str, backend: str, graphs: bool = False) -> Engine:
+    """The same weights wherever they lie."""
+    host = llama()
+    lm = CausalLM.load(llama().model, device=device, attention_backend=backend)
+    nets = {}
+    for i, (name, (kind, heads)) in enumerate(KINDS.items()):
+        nets[name] = network(kind, lm, heads, seed=i)
+        nets[name].load_state_dict(network(kind, host, heads, seed=i).state_dict())
+    return engine(lm, nets, graphs=graphs)
+
+
+def traffic(running: Engine, limited: bool) -> dict:
+    rng = random.Random(1)
+    names = [name for name in running.value_names if name != "l" or limited]
+    events = []
+    for i in range(12):
+        params = SamplingParams(
+            values={name: rng.uniform(-2, 2) for name in names if rng.random() < 0.4},
+            num_candidates=rng.choice([1, 5, 20]),
+            temperature=rng.choice([0.0, 1.0]),
+            top_p=0.9 if limited and i % 3 == 0 else 1.0,
+            advantage_clip=rng.choice([None, 0.5]),
+            seed=i,
+            max_tokens=rng.randrange(8, 30),
+            ignore_eos=True,
+        )
+        running.add_request(str(i), [rng.randrange(30) for _ in range(rng.randrange(1, 20))], params)
+        if i > 6:
+            events += running.step()
+    return tokens(events + drain(running))
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_tokens_equal_those_of_the_cpu(limited: bool, graphs: bool) -> None:
+    """Seeded and greedy, any mix of values, joining at any time."""
+    running = build("cuda", "triton", graphs)
+    assert traffic(running, limited) == traffic(build("cpu", "cpp"), limited)
+    if graphs and not limited:
+        assert running.stats.graph_steps > 5
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_graphs_change_no_token(limited: bool) -> None:
+    plain, kept = build("cuda", "triton"), build("cuda", "triton", graphs=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a step that cannot be captured is warned of
+        assert traffic(kept, limited) == traffic(plain, limited)
+    again = build("cuda", "triton", graphs=True)
+    first, second = traffic(again, limited), traffic(again, limited)  # the second time nothing is captured
+    assert first == second
+    assert len(again.graphs) > 0
