@@ -53,6 +53,7 @@ def count_blocks(
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps without using it
         return torch.cuda.mem_get_info(device)[0]
     found = [size for size in (_host_free(), _cgroup_free()) if size is not None]
     return min(found, default=2**30)

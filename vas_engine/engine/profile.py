@@ -53,7 +53,7 @@ def activation_memory(
     """Bytes that steps need beside the weights and the caches: of as many rows, and as many sequences that use every
     value, as there may be. Candidates' scratch is part of it.
 
-    The caches made for this are small ones and are to be replaced.
+    The caches are of a single block afterwards and are to be made anew.
     """
     asked = SamplingParams(max_tokens=_STEPS + 1, ignore_eos=True, seed=0)
     per_token = asked.num_candidates + 1 if scorers else 1
@@ -80,4 +80,6 @@ def activation_memory(
     peak = meter.peak()
     for index in range(seqs):
         running.cancel(str(index))
+    for holder in (lm, *scorers.values()):
+        holder.allocate(1, block_size)
     return peak

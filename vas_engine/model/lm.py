@@ -21,6 +21,7 @@ from vas_engine.model.cache import KVCache, LayerShape
 from vas_engine.model.compiled import MAX_ROWS, CompiledFunction
 from vas_engine.model.fingerprint import vocabulary_hash, weights_hash
 from vas_engine.model.loader import load_model
+from vas_engine.model.merged import merge
 from vas_engine.model.probe import decoder_layers, probe, settle
 from vas_engine.model.ranks import all_heads, own_heads
 from vas_engine.model.rotary import Rotary
@@ -148,6 +149,8 @@ class CausalLM:
                 honoured.
         """
         loaded = load_model(model, device, dtype, load_format, revision, tensor_parallel_size)
+        if loaded.device.type == "cuda" and tensor_parallel_size == 1:
+            merge(loaded)
         return cls(loaded, attention_backend)
 
     # What it is
