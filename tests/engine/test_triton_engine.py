@@ -94,9 +94,6 @@ def assert_same(ours: list[TokenEvent], wanted: list[TokenEvent]) -> None:
 
 
 SETTINGS = {
-    "action": {"v": ("action", None)},
-    "reader": {"v": ("reader", None)},
-    "side": {"v": ("side", None)},
     "lookahead": {"v": ("lookahead", None)},
     "model": {"v": ("model", None)},
     "several": {"r": ("reader", (distributional(),)), "s": ("side", MIXED), "a": ("action", None)},
