@@ -195,6 +195,22 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, networks) -> Non
     assert sorted(outcomes[0], key=str) == sorted(outcomes[1], key=str)
 
 
+def test_steps_of_both_sorts_side_by_side(lm) -> None:
+    """The base model alone for one batch, whole steps for the next, of the same sizes."""
+    results = []
+    for graphs in (False, True):
+        running = engine(lm, {"v": network("lookahead", lm)}, graphs=graphs)
+        running.guide.states = [0, 1]  # what a plain step's sizes could be mistaken for
+        events = []
+        for top_k in (5, 0, 5):
+            for i in range(4):
+                running.add_request(f"{top_k}-{i}", [i + 1], SamplingParams(seed=i, top_k=top_k, max_tokens=5))
+            events.append(tokens(drain(running)))
+        results.append(events)
+        assert not graphs or len(running.graphs) >= 2
+    assert results[0] == results[1]
+
+
 def test_buckets() -> None:
     sizes = [bucket(n) for n in range(1, 500)]
     assert all(n <= size <= max(n + 1, 1.25 * n) for n, size in enumerate(sizes, 1))

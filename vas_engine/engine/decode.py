@@ -7,6 +7,7 @@ of pages that no sequence owns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -119,16 +120,17 @@ class DecodeGraphs:
         width = 1 + (1 << (most - 1).bit_length() if most else 0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
         size = bucket(len(sequences)), bucket(rows) if rows else 0, width
-        key = (*size, *((network.number, network.scorer.version) for network in networks))
+        key = ("decode", *size, *((network.number, network.scorer.version) for network in networks))
         if key not in self._steps:
             self._steps[key] = _DecodeStep(self, networks, *size)
         return self._steps[key].run(sequences)
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
         """The base model alone, over the last token of S sequences; the result is good until the next step."""
-        key = bucket(len(sequences)), *self.guide.states
+        size = bucket(len(sequences))
+        key = ("forward", size, *self.guide.states)
         if key not in self._steps:
-            self._steps[key] = _ForwardStep(self, key[0])
+            self._steps[key] = _ForwardStep(self, size)
         return self._steps[key].run(sequences)
 
 
@@ -137,7 +139,7 @@ def decodes(work: Work) -> bool:
     return work.count == 1 and work.completes and not work.is_candidates
 
 
-class _Step:
+class _Step(ABC):
     """A step of up to `size` sequences over tensors of its own."""
 
     def __init__(self, owner: DecodeGraphs, size: int, fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
@@ -184,12 +186,13 @@ class _Step:
         else:
             self._replay()
 
+    @abstractmethod
     def _work(self) -> None:
-        raise NotImplementedError
+        """What a graph holds."""
 
+    @abstractmethod
     def run(self, sequences: Seq[Sequence]) -> Any:
         """Fills in the sequences' numbers and does the work."""
-        raise NotImplementedError
 
     def _forward(self) -> ForwardOutput:
         given = self.inputs.device
