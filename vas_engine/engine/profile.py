@@ -80,6 +80,7 @@ def activation_memory(
     peak = meter.peak()
     for index in range(seqs):
         running.cancel(str(index))
-    for holder in (lm, *scorers.values()):
-        holder.allocate(1, block_size)
+    lm.allocate(1, block_size)
+    for scorer in scorers.values():
+        scorer.allocate(1, block_size)
     return peak

@@ -6,6 +6,8 @@ where they are for everybody else: views of one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -48,11 +50,11 @@ def merge(model: nn.Module) -> int:
     merged = 0
     for module in model.modules():
         for names in GROUPS:
-            layers = [getattr(module, name, None) for name in names]
-            if all(type(layer) is nn.Linear for layer in layers) and _alike(layers):
+            layers = [layer for name in names if type(layer := getattr(module, name, None)) is nn.Linear]
+            if len(layers) == len(names) and _alike(layers):
                 shared = _Shared(layers)
                 for index, layer in enumerate(layers):
-                    layer.forward = _forward(layer, shared, index)
+                    layer.forward = _forward(layer, shared, index)  # type: ignore[assignment, method-assign]
                 merged += 1
     return merged
 
@@ -69,7 +71,7 @@ def _alike(layers: list[nn.Linear]) -> bool:
     )
 
 
-def _forward(layer: nn.Linear, shared: _Shared, index: int):
+def _forward(layer: nn.Linear, shared: _Shared, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(rows: torch.Tensor) -> torch.Tensor:
         learns = torch.is_grad_enabled() and layer.weight.requires_grad
         expected = index == 0 or shared.rows is rows
