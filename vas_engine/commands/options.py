@@ -80,12 +80,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-cache-memory", metavar="SIZE", help="such as 2GiB")
     add("--block-size", type=int, metavar="N", help="tokens of a page of the KV cache (default 16)")
     add("--attention-backend", metavar="auto|cpp|triton|flash-attn|reference")
-    add(
+    ways = group.add_mutually_exclusive_group()
+    ways.add_argument(
         "--compile",
         dest="enforce_eager",
         action="store_const",
         const=False,
         help="compile the model while loading: about a second a layer, then faster steps",
+    )
+    ways.add_argument(
+        "--enforce-eager",
+        action="store_const",
+        const=True,
+        help="neither compile the model nor keep decode steps as CUDA graphs",
     )
     add("--no-prefix-caching", dest="enable_prefix_caching", action="store_const", const=False)
 
