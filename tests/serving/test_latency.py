@@ -58,18 +58,18 @@ class Machine:
         self.gaps: list[float] = []
         self.events: list[TokenEvent] = []
         self._last: dict[str, float] = {}
-        self._forward, self._score = llm.lm.forward, llm.engine.guide.score
+        self._forward, self._decide = llm.lm.forward, llm.engine.guide.decide
         monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(llm.lm, "forward", self.forward)
-        monkeypatch.setattr(llm.engine.guide, "score", self.score)
+        monkeypatch.setattr(llm.engine.guide, "decide", self.decide)
 
     def forward(self, tokens, *others):
         self.now += FIXED + ROW * len(tokens)
         return self._forward(tokens, *others)
 
-    def score(self, users, tokens, *others):
-        self.now += CANDIDATE * len(tokens)
-        return self._score(users, tokens, *others)
+    def decide(self, sequences, selection, needed, *others):
+        self.now += CANDIDATE * int(needed.sum())
+        return self._decide(sequences, selection, needed, *others)
 
     def step(self) -> None:
         for event in self.engine.step():
