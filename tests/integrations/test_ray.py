@@ -297,6 +297,57 @@ def test_a_client_that_goes_ends_its_request(url) -> None:
 
 
 @pytest.mark.slow
+def test_replicas_come_and_go_with_the_load(proxy, llm, local) -> None:
+    """One replica at rest, two under load, one again; nothing that was asked meanwhile is lost or another."""
+    from ray import serve
+
+    from vas_engine.integrations.ray import build_openai_app
+
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 1,
+        "metrics_interval_s": 0.2,
+        "look_back_period_s": 1,
+    }
+    settings = {"model_name": "tiny", "api_keys": ["secret"], "drain_timeout": 30.0}
+    serve.run(build_openai_app({"llm": llm, "settings": settings, "engine": {"autoscaling_config": scaling}}))
+
+    def replicas() -> int:
+        return serve.status().applications["default"].deployments["Engine"].replica_states.get("RUNNING", 0)
+
+    def keep_asking(request: dict) -> list[str]:
+        texts = []
+        while not enough.is_set():
+            texts.append(client.complete(request))
+        return texts
+
+    enough = threading.Event()
+    try:
+        assert replicas() == 1
+        asked = requests(12, 60)
+        wanted = expected(local, asked)
+        with Client(proxy) as client, ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(keep_asking, request) for request in asked]
+            try:
+                while replicas() < 2:
+                    assert not any(answer.done() for answer in answers)
+                    time.sleep(0.2)
+            finally:
+                enough.set()
+            for answer, text in zip(answers, wanted, strict=True):
+                assert set(answer.result()) == {text}
+            while replicas() > 1:
+                time.sleep(0.2)
+            assert client.complete(asked[0]) == wanted[0]
+    finally:
+        enough.set()
+        serve.delete("default")
+
+
+@pytest.mark.slow
 def test_a_request_that_kills_its_replica_is_given_up(proxy, tmp_path) -> None:
     """One that loses its replica before any of its body has another answer it; afterwards it is told so; none waits
     where too many do."""
