@@ -12,17 +12,14 @@ costs the rest is read off. What is done is not done again, so the command may b
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.contest import portable, run
-from benchmarks.record import circumstances, write
+from benchmarks.contest import carry_out, places_of, read_evaluation, summary
+from benchmarks.record import write
 from benchmarks.value_quality import MAX_TOKENS, OPENINGS, PARTIAL_REWARDS, RECIPE
 
 MOTHER = re.compile(r"\b(mom|mommy|mother)\b", re.IGNORECASE)
@@ -83,19 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--samples", type=int, default=16, help="decoded for each opening and point (16)")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the Pareto fronts beside")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
     plan = steps(args)
-    for folder, command in plan:
-        run(folder, command)
+    carry_out(args.out, plan)
     if args.json:
-        places = {f"{args.out}/": "", str(args.model): args.model.name, sys.executable: "python"}
-        commands = [portable(shlex.join(command), places) for _, command in plan]
-        record: dict[str, Any] = {"circumstances": circumstances(), "commands": commands}
-        for part in ("composed", "unlearnt"):
-            text = (args.out / part / "evaluation.json").read_text(encoding="utf-8")
-            record[part] = json.loads(portable(text, places))
-        write(args.json, record)
+        places = places_of(args.out, args.model)
+        parts = {part: read_evaluation(args.out / part, places) for part in ("composed", "unlearnt")}
+        write(args.json, summary(plan, places) | parts)
         shutil.copyfile(args.out / "composed" / "pareto.png", args.json.with_name(f"{args.json.stem}_pareto.png"))
     return 0
 

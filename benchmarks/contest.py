@@ -85,22 +85,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--env", help="environment of TRL, as benchmarks.finetune takes it")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
     plan = steps(args)
-    for folder, command in plan:
-        run(folder, command)
+    carry_out(args.out, plan)
     if args.json:
         results = args.out / "results"
-        places = {f"{args.out}/": "", str(args.model): args.model.name, sys.executable: "python"}
-        places |= {str(args.env): "ENV"} if args.env else {}
-        text = (results / "evaluation.json").read_text(encoding="utf-8")
-        found: dict[str, Any] = json.loads(portable(text, places))
-        commands = [portable(shlex.join(command), places) for _, command in plan]
-        write(args.json, {"circumstances": circumstances(), "commands": commands} | found)
+        places = places_of(args.out, args.model) | ({str(args.env): "ENV"} if args.env else {})
+        write(args.json, summary(plan, places) | read_evaluation(results, places))
         for plot in sorted(results.glob("*.png")):
             shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{plot.name}"))
     return 0
+
+
+def carry_out(out: Path, plan: Sequence[tuple[Path | None, list[str]]]) -> None:
+    """Run the steps of a plan, in a folder that has the openings."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
+    for folder, command in plan:
+        run(folder, command)
+
+
+def places_of(out: Path, model: Path) -> dict[str, str]:
+    """Places of this machine, and what results call them."""
+    return {f"{out}/": "", str(model): model.name, sys.executable: "python"}
+
+
+def summary(plan: Sequence[tuple[Path | None, list[str]]], places: Mapping[str, str]) -> dict[str, Any]:
+    """What results begin with: circumstances and commands."""
+    commands = [portable(shlex.join(command), places) for _, command in plan]
+    return {"circumstances": circumstances(), "commands": commands}
+
+
+def read_evaluation(folder: Path, places: Mapping[str, str]) -> dict[str, Any]:
+    """What `vas evaluate` left in a folder."""
+    return json.loads(portable((folder / "evaluation.json").read_text(encoding="utf-8"), places))
 
 
 def portable(text: str, places: Mapping[str, str]) -> str:

@@ -28,7 +28,6 @@ from vas_engine.kernels.reference import TOP_P_SLACK, SelectionTensors
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
 
-MAX_CANDIDATES = 64
 MAX_TILES = 64
 _TILES = (1024, 2048, 4096, 8192)
 MAX_VOCABULARY = MAX_TILES * _TILES[-1]

@@ -30,6 +30,8 @@ _MASK32 = 0xFFFFFFFF
 # top_p compares a sum of probabilities with p. Sums that equal p in exact arithmetic (ten equal tokens, p =
 # 0.5) would be decided by the order of additions; this slack decides them the same way everywhere.
 TOP_P_SLACK = 1e-12
+MAX_CANDIDATES = 64
+"""What the kernel that selects has room for."""
 SETTINGS = 6
 """Lines of packed settings: row of the logits, temperature (its bits), seed (its bits), position, candidates, whether
 to keep the tail."""

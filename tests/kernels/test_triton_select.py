@@ -113,7 +113,7 @@ def test_noise_at_both_ends():
 def test_equals_the_host(seed, shape):
     vocabulary, block = shape
     logits, rows, arrays = random_batch(seed, vocabulary)
-    arrays.num_candidates[:] = np.minimum(arrays.num_candidates, kernels.MAX_CANDIDATES)
+    arrays.num_candidates[:] = np.minimum(arrays.num_candidates, reference.MAX_CANDIDATES)
     assert_equals_host(logits, rows, arrays, block)
 
 
@@ -213,7 +213,7 @@ def test_strided_logits_are_read_in_place(dtype):
 def test_alone_equals_in_batch():
     """Bit for bit, whatever the neighbours ask for: other widths, limits, forks of the same row."""
     logits, rows, arrays = random_batch(5, 130)
-    arrays.num_candidates[:] = np.minimum(arrays.num_candidates, kernels.MAX_CANDIDATES)
+    arrays.num_candidates[:] = np.minimum(arrays.num_candidates, reference.MAX_CANDIDATES)
     together = triton_select(logits, rows, arrays, block=64)
     one = SamplingArrays.build(1, num_candidates=3, seed=8, position=9)
     more = SamplingArrays.build(3, num_candidates=[3, 40, 0], seed=[8, 1, 2], position=[9, 0, 0], top_k=[0, 5, 0])

@@ -17,20 +17,17 @@ import numpy as np
 import torch
 
 from vas_engine.engine.controls import KEEP_TAIL, TEMPERATURE
-from vas_engine.engine.guide import Guide, Network, concatenate
+from vas_engine.engine.guide import Guide, concatenate
 from vas_engine.engine.rows import slot
 from vas_engine.engine.scheduler import Work
 from vas_engine.engine.sequence import Sequence
-from vas_engine.kernels.reference import SETTINGS, ValueSettings, WinnerTensors
+from vas_engine.kernels.reference import MAX_CANDIDATES, SETTINGS, ValueSettings, WinnerTensors
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.graphs import Exchange, Graphs
 from vas_engine.model.lm import CausalLM, ForwardOutput
 from vas_engine.model.transfer import Packed
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Winners, select_on_device
-
-MAX_CANDIDATES = 64
-"""What the kernel that selects has room for."""
 
 
 @dataclass(slots=True)
@@ -54,7 +51,7 @@ def unfit(params: SamplingParams, lookahead: bool) -> str | None:
     """Why steps of a request cannot be kept as graphs from end to end; None if they can."""
     reasons = {
         "lookahead": lookahead,
-        "more than 64 candidates": params.num_candidates > MAX_CANDIDATES and bool(params.values),
+        f"more than {MAX_CANDIDATES} candidates": params.num_candidates > MAX_CANDIDATES and bool(params.values),
         "top_k, top_p or min_p": params.top_k > 0 or params.top_p < 1 or params.min_p > 0,
         "penalties": (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0),
         "logit_bias": bool(params.logit_bias),
@@ -113,16 +110,15 @@ class DecodeGraphs:
 
     def decode(self, sequences: Seq[Sequence]) -> Drawn:
         """Run the models over the last token of S sequences and draw the next one of each."""
-        numbers = sorted({index for s in sequences for index in s.networks})
-        networks = [self.guide.networks[index] for index in numbers]
+        used = sorted({index for s in sequences for index in s.networks})
         guided = [s for s in sequences if s.networks]
         most = max((s.num_candidates for s in guided), default=0)
         width = 1 + (1 << (most - 1).bit_length() if most else 0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
         size = bucket(len(sequences)), bucket(rows) if rows else 0, width
-        key = ("decode", *size, *((network.number, network.scorer.version) for network in networks))
+        key = ("decode", *size, *((index, self.guide.networks[index].scorer.version) for index in used))
         if key not in self._steps:
-            self._steps[key] = _DecodeStep(self, networks, *size)
+            self._steps[key] = _DecodeStep(self, used, *size)
         return self._steps[key].run(sequences)
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
@@ -227,11 +223,12 @@ class _DecodeStep(_Step):
     """From the sequences' last tokens to their next ones.
 
     Args:
-        networks: those that any of the sequences uses.
+        used: places among the guide's networks of those that any of the sequences uses.
         rows: candidate rows there is room for. width: columns of a selection.
     """
 
-    def __init__(self, owner: DecodeGraphs, networks: list[Network], size: int, rows: int, width: int) -> None:
+    def __init__(self, owner: DecodeGraphs, used: list[int], size: int, rows: int, width: int) -> None:
+        networks = [owner.guide.networks[index] for index in used]
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "settings": ((SETTINGS, size), torch.int64),
             "optimal": ((size,), torch.bool),
@@ -245,7 +242,7 @@ class _DecodeStep(_Step):
             fields[f"limits{index}"] = shape, torch.float64
             fields[f"baselines{index}"] = shape, torch.float32
         super().__init__(owner, size, fields)
-        self.networks, self.rows, self.width = networks, rows, width
+        self.used, self.networks, self.rows, self.width = used, networks, rows, width
         self._result: Packed | None = None
 
     def run(self, sequences: Seq[Sequence]) -> Drawn:
@@ -280,11 +277,9 @@ class _DecodeStep(_Step):
         host["next_slots"][:count] = [
             slot(s, len(s.token_ids), self.owner.block_size) if s.own_cache else -1 for s in sequences
         ]
-        place = {id(network): index for index, network in enumerate(self.owner.guide.networks)}
-        for index, network in enumerate(self.networks):
-            number = place[id(network)]
+        for index, (place, network) in enumerate(zip(self.used, self.networks, strict=True)):
             uses, own = host[f"uses{index}"], network.columns
-            uses[:count] = [number in s.networks for s in sequences]
+            uses[:count] = [place in s.networks for s in sequences]
             uses[count:] = False
             for i in np.flatnonzero(uses).tolist():
                 sequence = sequences[i]

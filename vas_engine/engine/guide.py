@@ -264,7 +264,7 @@ class Guide:
         if not ended:
             return
         finished = [sequences[i] for i in ended]
-        values, utilities = self._read(network, last, finished, np.arange(len(finished)))
+        values, utilities = _read(network, last, self._asked(finished), np.arange(len(finished)))
         for sequence, value, utility in zip(finished, values, utilities, strict=True):
             sequence.state_values[network.columns] = value
             sequence.utilities[network.columns] = utility
@@ -377,14 +377,12 @@ class Guide:
         """Heads on the device, the rest on the host: winners, tilt, fine, values, utilities of `Decision`."""
         values = np.zeros((len(owner), len(self.value_names)), np.float32)
         utilities = np.zeros_like(values)
-        for part in scored:
-            rows, columns = part.picked, part.network.columns
-            values[rows, columns], utilities[rows, columns] = self._read(
-                part.network, part.output, sequences, owner[rows]
-            )
         fine = np.ones(len(sequences), bool)
         if len(owner):
             asked = self._asked(sequences)
+            for part in scored:
+                rows, columns = part.picked, part.network.columns
+                values[rows, columns], utilities[rows, columns] = _read(part.network, part.output, asked, owner[rows])
             is_tail = column == selection.tail[owner]
             baselines = asked.baselines
             for i in np.flatnonzero(asked.candidate_mean):
@@ -449,19 +447,6 @@ class Guide:
                 means[i] = sequence.params.baseline == "candidate-mean"
         return Asked(weights, limits, baselines, np.array([s.optimal for s in sequences], bool), means)
 
-    def _read(
-        self, network: Network, output: torch.Tensor, sequences: Seq[Sequence], owner: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Values and utilities [R, heads of the network] from a head output."""
-        heads, none = network.scorer.heads, np.zeros(len(self.value_names), np.float32)
-        weights = np.stack([s.weights if s.networks else none for s in sequences])[owner, network.columns]
-        optimal = np.array([s.optimal for s in sequences])[owner]
-        values = heads.mean(output)
-        utilities = heads.utility(
-            output, torch.from_numpy(weights).to(output.device), torch.from_numpy(optimal).to(output.device)
-        )
-        return values.float().cpu().numpy(), utilities.float().cpu().numpy()
-
     def tilt_bounds(self, sequences: Seq[Sequence]) -> tuple[np.ndarray, np.ndarray]:
         """What T(s, a) of any candidate is known to lie in before it is scored: float64 [S], [S]."""
         weights = np.stack([s.weights for s in sequences]).astype(np.float64)
@@ -474,6 +459,15 @@ class Guide:
         low = np.clip(scaled.min(0) - base, -limits, limits)
         high = np.clip(scaled.max(0) - base, -limits, limits)
         return np.where(used, low, 0.0).sum(1), np.where(used, high, 0.0).sum(1)
+
+
+def _read(network: Network, output: torch.Tensor, asked: Asked, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and utilities [R, heads of the network] from a head output."""
+    heads, device = network.scorer.heads, output.device
+    weights, optimal = asked.weights[owner, network.columns], asked.optimal[owner]
+    values = heads.mean(output)
+    utilities = heads.utility(output, torch.from_numpy(weights).to(device), torch.from_numpy(optimal).to(device))
+    return values.float().cpu().numpy(), utilities.float().cpu().numpy()
 
 
 def _moved(array: np.ndarray, source: np.ndarray) -> np.ndarray:

@@ -125,7 +125,7 @@ def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArray
     from vas_engine.kernels import candidate_select as kernels
 
     width = kernels.select_width(arrays, logits.shape[1])
-    if width - 1 > kernels.MAX_CANDIDATES or logits.shape[1] > kernels.MAX_VOCABULARY:
+    if width - 1 > reference.MAX_CANDIDATES or logits.shape[1] > kernels.MAX_VOCABULARY:
         return None
     buffer = kernels.select_buffer(logits, rows, arrays).cpu()
     return Selection(*(field.numpy() for field in vars(kernels.views(buffer, len(rows), width)).values()))

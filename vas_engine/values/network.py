@@ -152,7 +152,8 @@ class ValueNetwork(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Head output of rows; see ``Scorer.score``."""
-        return self.served_heads(self.features(token_ids, hidden, hidden_index, batch, rows))
+        served = self._serving()
+        return served.heads(self._features(served, token_ids, hidden, hidden_index, batch, rows))
 
     @torch.inference_mode()
     def features(
@@ -164,10 +165,20 @@ class ValueNetwork(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """What the heads read of rows; see ``Scorer.features``."""
+        return self._features(self._serving(), token_ids, hidden, hidden_index, batch, rows)
+
+    def _features(
+        self,
+        served: _Served,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        hidden_index: Tensor | None,
+        batch: AttentionBatch,
+        rows: Tensor | None,
+    ) -> Tensor:
         lm = self._bound()
         if hidden is None or hidden_index is None:
             raise InvalidArgumentError("hidden", hidden, f"a network of input {self.input!r} needs hidden states")
-        served = self._serving()
         # Projected once per distinct state; the rows only gather.
         states = hidden.unflatten(-1, (-1, self.config.hidden_size))
         embedded = (None, None) if self.embed_weight is None else (self._embeddings(), token_ids)
