@@ -34,8 +34,10 @@ from vas_engine.engine.cost import SHAPES, Device, Network, Shape, network_confi
 from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
 
-KINDS = ("plain", "reader", "side", "lookahead", "reader-4", *PEERS)
-"""What is measured: "reader-4" is four readers at once, the last ones are transformers alone."""
+PLAIN = ("plain", "serial")
+KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", *PEERS)
+"""What is measured: "serial" is plain decoding whose steps wait for the host, "reader-4" four readers at once, the last
+ones are transformers alone."""
 VALUE_MODEL = {"llama-8b": "llama-1.1b", "tiny": "tiny"}
 """Shape of the value model of the paper's method, by that of the base model."""
 MODELS = {**SHAPES, "tiny": Shape(2, 64, 4, 2, 16, 128, 512, dtype="float32")}
@@ -78,7 +80,7 @@ def dummy_model(shape: Shape, device: torch.device, positions: int) -> PreTraine
 
 def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
     """The networks of a kind, each about one hundredth of the base; "reader-4" is four of "reader"."""
-    if kind == "plain" or kind in PEERS:
+    if kind in PLAIN or kind in PEERS:
         return {}
     name, _, count = kind.rpartition("-") if kind[-1].isdigit() else (kind, "", "1")
     return {f"value{index}": Network(network_config(shape, name)) for index in range(int(count))}
@@ -86,7 +88,9 @@ def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
 
 def settings(kind: str, contexts: Sequence[int], batches: Sequence[int], candidates: Sequence[int]) -> list[Setting]:
     """In the order of what they take: prompts already seen are found in the prefix cache."""
-    counts = [0] if kind in ("plain", "hf-batch") else sorted(candidates, reverse=True)
+    counts = [0] if kind in (*PLAIN, "hf-batch") else sorted(candidates, reverse=True)
+    if kind == "serial":
+        contexts = [min(contexts)]
     if kind == "hf-guided":
         # The port is slow: one setting, that of the goal.
         contexts, counts = [min(contexts)], counts[:1]
@@ -114,6 +118,7 @@ def measure(
     except Exception as error:  # of whatever sort: the other kinds are to be measured
         yield from ({**asdict(setting), "failed": f"{type(error).__name__}: {error}"} for setting in planned)
         return
+    llm.engine.overlap = kind != "serial"
     print(f"{kind}: loaded in {time.monotonic() - start:.0f} s", file=sys.stderr)
     pace, prompts = FIRST_GUESS, (0, 0)
     for setting in planned:

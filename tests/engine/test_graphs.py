@@ -94,10 +94,18 @@ def test_random_traffic_equals_ordinary_steps(lm, networks, seed: int) -> None:
     """Sequences that join, leave, are preempted; any values; some that graphs do not hold."""
     many = seed > 1
     options = {"num_blocks": 30 if many else 12} if seed % 2 else {}
-    plain, kept = engine(lm, networks, **options), engine(lm, networks, graphs=True, **options)
+    plain, kept = engine(lm, networks, **options), engine(lm, networks, graphs=True, overlap=False, **options)
     wanted = traffic(plain, seed, 40 if many else 14, limited=not many)
     assert_same(traffic(kept, seed, 40 if many else 14, limited=not many), wanted)
+    ahead = engine(lm, networks, graphs=True, **options)
+    found = traffic(ahead, seed, 40 if many else 14, limited=not many)
+    # What is cancelled has come to another point by then.
+    assert_same(*([event for event in events if event.request_id != "4"] for events in (found, wanted)))
+    ahead.scheduler.check()
+    assert ahead.blocks.num_used == 0
+    assert ahead.stats.graph_steps > 1
     if seed % 2:
+        assert ahead.scheduler.num_preemptions > 0
         assert kept.scheduler.num_preemptions == plain.scheduler.num_preemptions > 0
     assert kept.stats.graph_steps > (20 if many else 1)
     assert kept.stats.graph_steps + sum(kept.stats.obstacles.values()) == kept.stats.steps
@@ -170,7 +178,8 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, networks) -> Non
         def poisoned(states):
             found = logits(states)
             live = running._live.get("1")
-            if live and len(live[0].token_ids) == length:
+            # Of the tokens one may not have been read yet.
+            if live and len(live[0].token_ids) + (running._flight is not None) == length:
                 found[1] = torch.nan
             return found
 
@@ -178,8 +187,8 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, networks) -> Non
 
     params = SamplingParams(values={"r": 1.0}, max_tokens=6, ignore_eos=True)
     outcomes = []
-    for graphs in (False, True):
-        running = engine(lm, {"r": networks["r"]}, graphs=graphs)
+    for options in ({}, {"graphs": True, "overlap": False}, {"graphs": True}):
+        running = engine(lm, {"r": networks["r"]}, **options)
         for i in range(3):
             running.add_request(str(i), [i + 1], params.replace(seed=i))
         running.lm.logits = poison(running, 3)
@@ -192,7 +201,51 @@ def test_logits_that_are_not_finite_end_their_request_alone(lm, networks) -> Non
         assert "logits" in str(failed.error)
         outcomes.append([(e.request_id, e.token_id) for e in events if e.error is None])
         running.scheduler.check()
-    assert sorted(outcomes[0], key=str) == sorted(outcomes[1], key=str)
+    assert sorted(outcomes[0], key=str) == sorted(outcomes[1], key=str) == sorted(outcomes[2], key=str)
+
+
+def test_a_step_ahead_is_launched_before_the_last_is_read(lm, networks) -> None:
+    """And what ends meanwhile, by the caller or by its tokens, is not heard of again."""
+    running = engine(lm, {"r": networks["r"]}, graphs=True)
+    params = SamplingParams(values={"r": 1.0}, max_tokens=9, ignore_eos=True)
+    for i in range(3):
+        running.add_request(str(i), [i + 1], params.replace(seed=i))
+    order: list[str] = []
+    launch = running.graphs.launch
+
+    def noted(works, behind=None):
+        flight = launch(works, behind)
+        if flight is not None:
+            read = flight.read
+            flight.read = lambda: (order.append("read"), read())[1]
+            order.append("launch")
+        return flight
+
+    running.graphs.launch = noted
+    running.step()  # the prompts
+    assert running.step() == []
+    first = running.step()
+    assert order == ["launch", "launch", "read"]
+    assert [event.request_id for event in first] == ["0", "1", "2"]
+    running.finish("1", 0)
+    running.cancel("2")
+    rest = drain(running)
+    assert [event.request_id for event in rest if event.token_id is not None] == ["0"] * 7
+    assert order.count("launch") == order.count("read") == 8
+    running.scheduler.check()
+    assert running.blocks.num_used == 0
+
+
+def test_the_latest_value_is_the_baseline_of_a_step_ahead(lm, networks) -> None:
+    """Where only some of the candidates are tilted V(s) counts, which the host has not read either."""
+    params = SamplingParams(values={"r": 3.0}, num_candidates=2, max_tokens=20, ignore_eos=True, prune=False)
+    results = []
+    for options in ({}, {"graphs": True}):
+        running = engine(lm, {"r": networks["r"]}, **options)
+        for i in range(4):
+            running.add_request(str(i), [i + 1], params.replace(seed=i))
+        results.append(drain(running))
+    assert_same(results[1], results[0])
 
 
 def test_steps_of_both_sorts_side_by_side(lm) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vas_engine.engine.blocks import BlockManager
-from vas_engine.engine.scheduler import Plan, Scheduler
+from vas_engine.engine.scheduler import Plan, Scheduler, Work
 from vas_engine.engine.sequence import Sequence, SequenceStatus
 from vas_engine.errors import InvalidArgumentError, KVCacheError
 
@@ -50,6 +50,57 @@ def test_a_prompt_then_one_token_a_step() -> None:
     assert shape(step(scheduler)) == [("a", 5, 1)]
     assert shape(step(scheduler)) == [("a", 6, 1)]
     assert a.num_computed == len(a.token_ids) - 1
+
+
+def decoding(scheduler: Scheduler, *sequences: Sequence) -> list[Sequence]:
+    """Sequences whose next token is being drawn."""
+    for sequence in sequences:
+        scheduler.add(sequence)
+    step(scheduler)
+    assert [work.sequence for work in scheduler.schedule().works] == list(sequences)
+    return list(sequences)
+
+
+def test_a_step_behind_one_that_is_not_read() -> None:
+    scheduler = make()
+    running = decoding(scheduler, ask("a", 4), ask("b", 3, reserve_slots=1))
+    works = scheduler.follow(running)
+    assert [(w.sequence.request_id, w.start, w.count, w.completes) for w in works] == [
+        ("a", 5, 1, True),
+        ("b", 4, 1, True),
+    ]
+    assert [len(s.block_table) for s in running] == [2, 2]
+    assert [s.num_computed for s in running] == [4, 3]
+    scheduler.check()
+
+
+def test_it_waits_where_blocks_are_short() -> None:
+    scheduler = make(num_blocks=4, caching=False)
+    running = decoding(scheduler, ask("a", 3), ask("b", 6))
+    assert scheduler.follow(running) is not None
+    for sequence in running:
+        scheduler.computed(Work(sequence, len(sequence.token_ids) - 1, 1, True))
+        sequence.token_ids.append(1)
+    assert scheduler.follow(running) is None
+    assert scheduler.num_running == 2
+    assert [len(s.block_table) for s in running] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "newcomer", "waits"),
+    [
+        ({}, {}, True),
+        ({"seqs": 1}, {}, False),
+        ({"seqs": 1}, {"priority": -1}, True),
+        ({"budget": 5}, {"rows_per_token": 5}, False),
+    ],
+    ids=["a seat is free", "none is", "somebody must make way", "no rows"],
+)
+def test_it_waits_for_whoever_has_the_turn(options, newcomer, waits) -> None:
+    scheduler = make(**options)
+    running = decoding(scheduler, ask("a", 4))
+    scheduler.add(ask("b", 3, **newcomer))
+    assert (scheduler.follow(running) is None) == waits
 
 
 def test_completes_survives_the_appended_token() -> None:

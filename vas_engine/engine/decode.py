@@ -3,6 +3,9 @@
 They run over fixed tensors in a few sizes (buckets of sequences and of candidate rows), so that a GPU can keep them
 as CUDA graphs: the host fills in numbers, replays, and reads the winners. Rows that fill up a bucket write to a block
 of pages that no sequence owns.
+
+A step may be launched behind one whose winners the host has not read: it takes the tokens, and what else depends on
+them, from where that one left them on the device.
 """
 
 from __future__ import annotations
@@ -28,6 +31,19 @@ from vas_engine.model.lm import CausalLM, ForwardOutput
 from vas_engine.model.transfer import Packed
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Winners, select_on_device
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that the device is at.
+
+    Attributes:
+        works: what it does: the next token of each one's sequence is drawn.
+        read: waits for what was drawn.
+    """
+
+    works: list[Work]
+    read: Callable[[], Drawn]
 
 
 @dataclass(slots=True)
@@ -74,22 +90,39 @@ class DecodeGraphs:
         lm: the base model; a block of its pages, `spare_block`, belongs to no sequence.
         guide: the value networks.
         graphs: keeps them.
+        max_num_seqs: sequences of a step at most.
         max_blocks: longest block table.
+
+    Attributes:
+        tokens, utilities: int64 [max_num_seqs], float32 [max_num_seqs, values], on the device: the last step's winners
+            and U of the states that they lead to, for a step that does not wait for the host to read them.
     """
 
     def __init__(
-        self, lm: CausalLM, guide: Guide, graphs: Graphs, max_blocks: int, block_size: int, spare_block: int
+        self,
+        lm: CausalLM,
+        guide: Guide,
+        graphs: Graphs,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        spare_block: int,
     ) -> None:
         self.lm, self.guide, self.graphs = lm, guide, graphs
         self.max_blocks, self.block_size, self.spare_block = max_blocks, block_size, spare_block
-        self._steps: dict[Any, _Step] = {}
+        self._decodes: dict[Any, _DecodeStep] = {}
+        self._forwards: dict[Any, _ForwardStep] = {}
+        self.tokens = torch.zeros(bucket(max_num_seqs), dtype=torch.int64, device=lm.device)
+        self.forget()
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._decodes) + len(self._forwards)
 
     def forget(self) -> None:
         """Drop all graphs: networks have come or gone."""
-        self._steps.clear()
+        self._decodes.clear()
+        self._forwards.clear()
+        self.utilities = torch.zeros(len(self.tokens), len(self.guide.value_names), device=self.lm.device)
 
     def obstacle(self, works: Iterable[Work]) -> str | None:
         """Why this step cannot be `decode`; None if it can."""
@@ -108,26 +141,38 @@ class DecodeGraphs:
                 return "prompts"
         return None
 
-    def decode(self, sequences: Seq[Sequence]) -> Drawn:
-        """Run the models over the last token of S sequences and draw the next one of each."""
+    def launch(self, works: list[Work], behind: Flight | None = None) -> Flight | None:
+        """Set off running the models over the last token of S sequences and drawing the next one of each.
+
+        Args:
+            behind: the step before, not read yet: it draws these last tokens.
+
+        Returns:
+            None if nothing was done: capturing a new size does the work more than once, which overwrites what it reads
+            of the step before.
+        """
+        sequences = [work.sequence for work in works]
         used = sorted({index for s in sequences for index in s.networks})
         guided = [s for s in sequences if s.networks]
         most = max((s.num_candidates for s in guided), default=0)
         width = 1 + (1 << (most - 1).bit_length() if most else 0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
         size = bucket(len(sequences)), bucket(rows) if rows else 0, width
-        key = ("decode", *size, *((index, self.guide.networks[index].scorer.version) for index in used))
-        if key not in self._steps:
-            self._steps[key] = _DecodeStep(self, used, *size)
-        return self._steps[key].run(sequences)
+        key = (*size, *((index, self.guide.networks[index].scorer.version) for index in used))
+        step = self._decodes.get(key)
+        if step is None:
+            if behind is not None:
+                return None
+            step = self._decodes[key] = _DecodeStep(self, used, *size)
+        return Flight(works, step.run(sequences, behind))
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
         """The base model alone, over the last token of S sequences; the result is good until the next step."""
         size = bucket(len(sequences))
-        key = ("forward", size, *self.guide.states)
-        if key not in self._steps:
-            self._steps[key] = _ForwardStep(self, size)
-        return self._steps[key].run(sequences)
+        key = (size, *self.guide.states)
+        if key not in self._forwards:
+            self._forwards[key] = _ForwardStep(self, size)
+        return self._forwards[key].run(sequences)
 
 
 def decodes(work: Work) -> bool:
@@ -154,11 +199,12 @@ class _Step(ABC):
         self._tabled: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * size
         self._replay: Callable[[], None] | None = None
 
-    def _fill(self, sequences: Seq[Sequence]) -> None:
-        """Tokens and places of the sequences; behind them rows that nobody reads."""
+    def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
+        """Tokens and places of the sequences, `ahead` of the last one known; behind them rows that nobody reads."""
+        self.inputs.wait()
         host, count, block_size = self.inputs.host, len(sequences), self.owner.block_size
         for i, sequence in enumerate(sequences):
-            position = len(sequence.token_ids) - 1
+            position = len(sequence.token_ids) - 1 + ahead
             host["tokens"][i], host["positions"][i] = sequence.token_ids[-1], position
             host["slots"][i] = slot(sequence, position, block_size)
             table = sequence.block_table
@@ -186,17 +232,13 @@ class _Step(ABC):
     def _work(self) -> None:
         """What a graph holds."""
 
-    @abstractmethod
-    def run(self, sequences: Seq[Sequence]) -> Any:
-        """Fills in the sequences' numbers and does the work."""
-
-    def _forward(self) -> ForwardOutput:
+    def _forward(self, token_ids: torch.Tensor) -> ForwardOutput:
         given = self.inputs.device
         # Everything that a batch works out from its numbers must be worked out here, each time.
         batch = AttentionBatch(
             given["tables"], self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
         )
-        return self.owner.lm.forward(given["tokens"], batch, None, self.owner.guide.states)
+        return self.owner.lm.forward(token_ids, batch, None, self.owner.guide.states)
 
 
 class _ForwardStep(_Step):
@@ -208,9 +250,10 @@ class _ForwardStep(_Step):
 
     def _work(self) -> None:
         # Replays of a graph write to the tensors that its capture made, the last run of this.
-        self._output = self._forward()
+        self._output = self._forward(self.inputs.device["tokens"])
 
     def run(self, sequences: Seq[Sequence]) -> ForwardOutput:
+        """Over the last token of each sequence."""
         self._fill(sequences)
         self._execute()
         found, count = self._output, len(sequences)
@@ -230,6 +273,7 @@ class _DecodeStep(_Step):
     def __init__(self, owner: DecodeGraphs, used: list[int], size: int, rows: int, width: int) -> None:
         networks = [owner.guide.networks[index] for index in used]
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "source": ((size,), torch.int64),  # row in the step before, if that is not read; else -1
             "settings": ((SETTINGS, size), torch.int64),
             "optimal": ((size,), torch.bool),
             "candidate_mean": ((size,), torch.bool),
@@ -245,13 +289,23 @@ class _DecodeStep(_Step):
         self.used, self.networks, self.rows, self.width = used, networks, rows, width
         self._result: Packed | None = None
 
-    def run(self, sequences: Seq[Sequence]) -> Drawn:
-        self._fill(sequences)
-        self._fill_settings(sequences)
+    def run(self, sequences: Seq[Sequence], behind: Flight | None) -> Callable[[], Drawn]:
+        """Set it off; what is returned waits for what was drawn."""
+        count, ahead = len(sequences), int(behind is not None)
+        self._fill(sequences, ahead)
+        self._fill_settings(sequences, ahead)
+        self.inputs.host["source"][:] = -1
+        if behind is not None:
+            rows = {id(work.sequence): row for row, work in enumerate(behind.works)}
+            self.inputs.host["source"][:count] = [rows[id(sequence)] for sequence in sequences]
         self._execute()
-        count, guide = len(sequences), self.owner.guide
         assert self._result is not None
-        finite, candidates, *found = (array[:count] for array in self._result.fetch())
+        arrays = self._result.send()
+        return lambda: self._read([array[:count] for array in arrays()])
+
+    def _read(self, arrays: list[np.ndarray]) -> Drawn:
+        finite, candidates, *found = arrays
+        count, guide = len(finite), self.owner.guide
         winners, found = Winners(*found[:5]), found[5:]
         values = np.zeros((count, len(guide.value_names)), np.float32)
         utilities = np.zeros_like(values)
@@ -259,7 +313,7 @@ class _DecodeStep(_Step):
             values[:, network.columns], utilities[:, network.columns] = found[2 * index : 2 * index + 2]
         return Drawn(winners, finite, candidates, values, utilities)
 
-    def _fill_settings(self, sequences: Seq[Sequence]) -> None:
+    def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
         host, count = self.inputs.host, len(sequences)
         settings = host["settings"]
         settings[0] = np.arange(self.size)
@@ -267,7 +321,7 @@ class _DecodeStep(_Step):
         knobs = np.array([s.knobs for s in sequences], np.float64)
         settings[1, :count] = knobs[:, TEMPERATURE].copy().view(np.int64)
         settings[2, :count] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)
-        settings[3, :count] = [len(s.token_ids) for s in sequences]
+        settings[3, :count] = [len(s.token_ids) + ahead for s in sequences]
         settings[4, :count] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
         settings[5, :count] = knobs[:, KEEP_TAIL] != 0
         if not self.networks:
@@ -275,7 +329,7 @@ class _DecodeStep(_Step):
         host["optimal"][:count] = [s.optimal for s in sequences]
         host["candidate_mean"][:count] = [s.params.baseline == "candidate-mean" for s in sequences]
         host["next_slots"][:count] = [
-            slot(s, len(s.token_ids), self.owner.block_size) if s.own_cache else -1 for s in sequences
+            slot(s, len(s.token_ids) + ahead, self.owner.block_size) if s.own_cache else -1 for s in sequences
         ]
         for index, (place, network) in enumerate(zip(self.used, self.networks, strict=True)):
             uses, own = host[f"uses{index}"], network.columns
@@ -289,7 +343,9 @@ class _DecodeStep(_Step):
 
     def _work(self) -> None:
         lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
-        forward = self._forward()
+        # What the step before left on the device, where the host had not read it.
+        carried, place = given["source"] >= 0, given["source"].clamp(min=0)
+        forward = self._forward(torch.where(carried, self.owner.tokens[place], given["tokens"]))
         logits = lm.logits(forward.last_hidden)
         selection = select_on_device(logits, given["settings"], self.width, guide.sampler)
         results = [selection.finite, selection.count]
@@ -298,6 +354,7 @@ class _DecodeStep(_Step):
             drawn, log_prob = selection.finite, selection.log_probs[:, 0]
             column = torch.where(drawn, 0, -1)
             winners = WinnerTensors(column, selection.token_ids[:, 0], log_prob, log_prob, torch.zeros_like(log_prob))
+            self.owner.tokens[: self.size] = winners.token_id.clamp(min=0)
             self._result = Packed([*results, *vars(winners).values()])
             return
         tilt = torch.zeros_like(selection.log_probs)
@@ -320,6 +377,7 @@ class _DecodeStep(_Step):
             source = concatenate(forward.hidden, network.scorer.states) if network.reads_before else None
             features = network.scorer.features(token_ids, source, None if source is None else owner, batch)
             weights, limits, baselines = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
+            baselines = torch.where(carried[:, None], self.owner.utilities[place, network.columns], baselines)
             found = guide.head_tilt(
                 features,
                 network.scorer.served_heads.weights,
@@ -334,10 +392,13 @@ class _DecodeStep(_Step):
         drawn_by = scored[-1][3].winners
         assert drawn_by is not None
         results += vars(drawn_by).values()
+        self.owner.tokens[: self.size] = drawn_by.token_id.clamp(min=0)
         for network, uses, offsets, found in scored:
             moves = uses & (drawn_by.column >= 0)
             won = torch.where(moves, offsets[:-1] + drawn_by.column, 0)
-            results += [torch.where(moves[:, None], of[won], 0.0) for of in (found.values, found.utilities)]
+            values, utilities = (torch.where(moves[:, None], of[won], 0.0) for of in (found.values, found.utilities))
+            self.owner.utilities[: self.size, network.columns] = utilities
+            results += [values, utilities]
             if network.scorer.cache is not None:
                 network.scorer.commit(won, torch.where(moves, given["next_slots"], -1))
         self._result = Packed(results)

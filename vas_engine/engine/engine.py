@@ -17,7 +17,7 @@ import torch
 
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
-from vas_engine.engine.decode import DecodeGraphs, decodes, unfit
+from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
 from vas_engine.engine.guide import Decision, Guide, Hidden
 from vas_engine.engine.memory import free_memory
@@ -47,6 +47,7 @@ class Engine:
         block_size: tokens a page.
         enable_prefix_caching: reuse pages of equal prefixes.
         graphs: keep decode steps as graphs on the device (on a CPU, where this is for tests, as functions).
+        overlap: launch a graph while the one before is at work, whose winners are read meanwhile: a step late.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Engine:
         block_size: int = 16,
         enable_prefix_caching: bool = True,
         graphs: bool = False,
+        overlap: bool = True,
     ) -> None:
         self.lm = lm
         scorers = dict(scorers or {})
@@ -75,7 +77,9 @@ class Engine:
         self.graphs: DecodeGraphs | None = None
         if graphs:
             longest = -(-self.max_model_len // block_size) + 1
-            self.graphs = DecodeGraphs(lm, self.guide, Graphs(lm.device), longest, block_size, num_blocks)
+            self.graphs = DecodeGraphs(lm, self.guide, Graphs(lm.device), max_num_seqs, longest, block_size, num_blocks)
+        self.overlap = overlap
+        self._flight: Flight | None = None
         self._retired: set[str] = set()
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
@@ -186,6 +190,7 @@ class Engine:
             self._retired -= gone
 
     def _rearrange(self, scorers: Mapping[str, Scorer]) -> None:
+        self._land(self._ended)  # what was launched knows the values by their places
         self.guide.rearrange(scorers, self._sequences())
         if self.graphs is not None:
             self.graphs.forget()
@@ -267,6 +272,7 @@ class Engine:
             RuntimeError: the bookkeeping of pages and queues is broken too; this engine cannot go on.
         """
         events = []
+        self._flight = None
         for sequences in list(self._live.values()):
             if any(sequence.is_running for sequence in sequences):
                 # Its pages may be half written.
@@ -290,24 +296,30 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One pass: forward all planned rows, then choose a token for every sequence whose logits are at hand."""
-        events, self._ended = self._ended, []
         self._drop_retired()
+        events, self._ended = self._ended, []
         self._step_started = time.monotonic()
         # What the caller did since the last step is part of the time between tokens, unless there were none to come.
         self._token_started = self._step_started if self._left is None else self._left
         self._end_overdue(events)
+        with torch.inference_mode():
+            worked = self._advance_flight(events) or self._plan_and_run(events)
+        now = time.monotonic()
+        if worked:
+            self._step_seconds += 0.1 * (now - self._token_started - self._step_seconds)
+        self._left = now if worked and self.has_unfinished else None
+        return events
+
+    def _plan_and_run(self, events: list[TokenEvent]) -> bool:
+        """Whether there was anything to run."""
         plan = self.scheduler.schedule(None if self.pace is None else self._prompt_rows(self.pace))
         for sequence, error in plan.failed:
             events += self._fail(sequence, error)
         for sequence in plan.preempted:
             sequence.forget()
         if plan.works:
-            with torch.inference_mode():
-                self._run(plan.works, events)
-            seconds = time.monotonic() - self._token_started
-            self._step_seconds += 0.1 * (seconds - self._step_seconds)
-        self._left = time.monotonic() if plan.works and self.has_unfinished else None
-        return events
+            self._run(plan.works, events)
+        return bool(plan.works)
 
     def _end_overdue(self, events: list[TokenEvent]) -> None:
         late = [s for s in self._sequences() if s.deadline is not None and s.deadline <= self._step_started]
@@ -326,7 +338,9 @@ class Engine:
     def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
         obstacle = self._obstacle(planned)
         if obstacle is None:
-            self._decode(planned, events)
+            self._launch(planned)
+            if not self.overlap:
+                self._land(events)
             return
         if self.graphs is not None:
             self.stats.obstacles[obstacle] = self.stats.obstacles.get(obstacle, 0) + 1
@@ -382,23 +396,55 @@ class Engine:
             return "a bound on latency"
         return self.graphs.obstacle(works)
 
-    def _decode(self, works: list[Work], events: list[TokenEvent]) -> None:
-        """`_run` where every sequence decodes its next token, on the device from end to end."""
+    def _launch(self, works: list[Work], behind: Flight | None = None) -> Flight | None:
+        """Set off a step in which every sequence decodes its next token, on the device from end to end."""
         assert self.graphs is not None
-        sequences = [work.sequence for work in works]
-        drawn = self.graphs.decode(sequences)
-        guided = np.array([bool(s.networks) for s in sequences])
+        flight = self.graphs.launch(works, behind)
+        if flight is not None:
+            self._flight = flight
+            self.stats.steps += 1
+            self.stats.graph_steps += 1
+            self.stats.model_rows += len(works)
+        return flight
+
+    def _advance_flight(self, events: list[TokenEvent]) -> bool:
+        """Read the step that the device is at; whether another has been launched behind it before."""
+        flight = self._flight
+        if flight is None:
+            return False
+        works = self._follow(flight)
+        following = self._launch(works, flight) if works else None
+        self._flight = flight
+        self._land(events)
+        self._flight = following
+        return following is not None
+
+    def _follow(self, flight: Flight) -> list[Work] | None:
+        """What the step behind one that is not read yet does; None or nothing: read that first."""
+        running = [work.sequence for work in flight.works if work.sequence.is_running]
+        if self.scheduler.num_running > len(running) or self.pace is not None or any(map(self._is_behind, running)):
+            return None
+        # What ends for another reason than its length ends a step late; the row it has there is nobody's.
+        return self.scheduler.follow([s for s in running if not self._is_last(s, len(s.token_ids) + 1)])
+
+    def _land(self, events: list[TokenEvent]) -> None:
+        """Read what the device drew in the step that is in flight, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        drawn = flight.read()
+        guided = np.array([bool(work.sequence.networks) for work in flight.works])
         evaluated = np.where(guided, drawn.count, 0)
-        self.stats.steps += 1
-        self.stats.graph_steps += 1
-        self.stats.model_rows += len(sequences)
         self.stats.value_rows += int(evaluated.sum())
-        for work in works:
+        # Others have ended since it was launched.
+        live = np.array([work.sequence.is_running for work in flight.works], bool)
+        sequences = [work.sequence for work in flight.works]
+        for work in flight.works:
             self.scheduler.computed(work)
         fine = drawn.winners.column >= 0
-        self._drop_failed(sequences, drawn.finite, "logits", events)
-        self._drop_failed(sequences, fine | ~drawn.finite, "values", events)
-        for i in np.flatnonzero(fine).tolist():
+        self._drop_failed(sequences, drawn.finite | ~live, "logits", events)
+        self._drop_failed(sequences, fine | ~drawn.finite | ~live, "values", events)
+        for i in np.flatnonzero(fine & live).tolist():
             sequence = sequences[i]
             if guided[i]:
                 sequence.state_values, sequence.utilities = drawn.values[i], drawn.utilities[i]
@@ -592,11 +638,10 @@ class Engine:
         )
         if sequence.networks and len(sequence.token_ids) == sequence.prompt_len + 1:
             event.prompt_values = self._named(sequence, sequence.prompt_values)
-        generated = len(sequence.token_ids) - sequence.prompt_len
         params = sequence.params
         if token in sequence.end_ids:
             event.finish_reason, event.stop_token = "stop", token
-        elif generated >= (params.max_tokens or self.max_model_len) or len(sequence.token_ids) >= self.max_model_len:
+        elif self._is_last(sequence, len(sequence.token_ids)):
             event.finish_reason = "length"
         if params.return_hidden_states:
             if event.finish_reason is not None:
@@ -608,6 +653,11 @@ class Engine:
         elif event.finish_reason is not None:
             self._remove(sequence)
         return event
+
+    def _is_last(self, sequence: Sequence, length: int) -> bool:
+        """Whether a sequence of so many tokens has all that it may have."""
+        most = sequence.params.max_tokens or self.max_model_len
+        return length - sequence.prompt_len >= most or length >= self.max_model_len
 
     # -- forks, failures, extras -----------------------------------------------------------------------------
 

@@ -201,6 +201,23 @@ class Scheduler:
         self._spare_rows = self.max_num_batched_tokens - plan.rows
         return plan
 
+    def follow(self, sequences: Iterable[Sequence]) -> list[Work] | None:
+        """Plans the step behind one of single tokens whose winners are not known yet: each of these goes on by one.
+
+        Allocates what it writes to. None where that step must wait for the winners: there are no blocks without taking
+        somebody's, a waiting sequence has its turn, or one that runs is not among these or still in its prompt.
+        """
+        works, needed, blocks = [], [], 0
+        for sequence in sequences:
+            works.append(Work(sequence, len(sequence.token_ids), 1, True))
+            needed.append(self._reach(sequence, ahead=1))
+            blocks += max(0, self.blocks.blocks_for(needed[-1]) - len(sequence.block_table))
+        if blocks > self.blocks.num_free or (self._waiting and self._has_turn(self._waiting[0])):
+            return None
+        for work, reach in zip(works, needed, strict=True):
+            self.blocks.grow(work.sequence, reach)
+        return works
+
     def computed(self, work: Work) -> None:
         """Notes that a work's K/V are in the pages. For candidates: once the winner has been appended."""
         sequence = work.sequence
@@ -290,6 +307,12 @@ class Scheduler:
                 return head
             self._fail(head, plan)
         return None
+
+    def _has_turn(self, head: Sequence) -> bool:
+        """Whether the next plan would do anything about the first of the waiting."""
+        if self.blocks.blocks_for(self._reach(head)) > self.blocks.num_blocks:
+            return True
+        return bool(self._running and head.priority < self._running[-1].priority) or self._fits(head)
 
     def _fits(self, head: Sequence) -> bool:
         """Whether it can be admitted as things are, with a block to spare for each running sequence."""
@@ -401,9 +424,9 @@ class Scheduler:
 
     # -- conditions -----------------------------------------------------------------------------------------
 
-    def _reach(self, sequence: Sequence) -> int:
-        """Positions its table must cover before its next token is chosen."""
-        length = len(sequence.token_ids)
+    def _reach(self, sequence: Sequence, ahead: int = 0) -> int:
+        """Positions its table must cover before its next token, `ahead` of those known, is chosen."""
+        length = len(sequence.token_ids) + ahead
         least = length if sequence.pending is None else length + 1
         return max(least, min(length + sequence.reserve_slots, self.max_model_len))
 

@@ -69,9 +69,17 @@ class Exchange:
         layout = Layout(list(fields.values()))
         self._source = layout.host_buffer(device).zero_()
         self._target = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+        self._sent: torch.cuda.Event | None = None
         self.host = {name: view.numpy() for name, view in zip(fields, layout.views(self._source), strict=True)}
         self.device = dict(zip(fields, layout.views(self._target), strict=True))
 
     def send(self) -> None:
         """What the host has written, to the device; not waited for."""
         self._target.copy_(self._source, non_blocking=True)
+        if self._target.device.type == "cuda":
+            self._sent = torch.cuda.current_stream(self._target.device).record_event()
+
+    def wait(self) -> None:
+        """Until what was sent last has left, so that the host may write again."""
+        if self._sent is not None:
+            self._sent.synchronize()

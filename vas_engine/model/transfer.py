@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -57,15 +57,30 @@ class Packed:
         self._order = sorted(range(len(tensors)), key=lambda i: -tensors[i].dtype.itemsize)
         self._buffer = torch.cat([tensors[i].reshape(-1).view(torch.uint8) for i in self._order])
 
+    def send(self) -> Callable[[], list[np.ndarray]]:
+        """Sets a copy to the host off; what is returned waits for it and gives the arrays."""
+        on_device = self._buffer.device.type == "cuda"
+        # Pinned memory comes from torch's cache of it, which gives nothing out again that is still being written to.
+        host = torch.empty(self._buffer.shape, dtype=torch.uint8, pin_memory=on_device)
+        host.copy_(self._buffer, non_blocking=True)
+        sent = torch.cuda.current_stream(self._buffer.device).record_event() if on_device else None
+
+        def arrays() -> list[np.ndarray]:
+            if sent is not None:
+                sent.synchronize()
+            found: dict[int, np.ndarray] = {}
+            end = 0
+            for i in self._order:
+                shape, dtype = self._fields[i]
+                start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+                found[i] = host[start:end].view(dtype).view(shape).numpy()
+            return [found[i] for i in range(len(found))]
+
+        return arrays
+
     def fetch(self) -> list[np.ndarray]:
         """Copies on the host, once the device has computed them: a single wait."""
-        host, end = torch.empty(self._buffer.shape, dtype=torch.uint8).copy_(self._buffer), 0
-        found: dict[int, np.ndarray] = {}
-        for i in self._order:
-            shape, dtype = self._fields[i]
-            start, end = end, end + int(np.prod(shape)) * dtype.itemsize
-            found[i] = host[start:end].view(dtype).view(shape).numpy()
-        return [found[i] for i in range(len(found))]
+        return self.send()()
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
