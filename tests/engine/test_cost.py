@@ -143,7 +143,7 @@ def test_networks_have_the_parameters_they_are_made_with(kind: str) -> None:
     network = Network(network_config(SHAPES["llama-135m"], kind))
     with torch.device("meta"):
         assert network.parameters == ValueNetwork(network.config).num_parameters
-    assert 0.8 < 100 * network.parameters / SHAPES["llama-135m"].parameters < 1.2
+    assert 0.75 < 100 * network.parameters / SHAPES["llama-135m"].parameters < 1.2
 
 
 def test_windows_bound_what_is_read() -> None:

@@ -303,8 +303,10 @@ def test_default_config_is_a_hundredth_of_a_large_base(kind: str) -> None:
     assert 0.9e6 < config_parameters(config) <= 1.35e6
     assert config.heads[0].support == Support(-1.0, 1.0, 51)
     if kind == "reader":
-        assert config.layers == (6, 14, 21, 29)
-        assert config.queries == 12
+        assert config.layers == (14, 29)
+        assert config.queries == 15
+    if config.kv_heads:
+        assert config.kv_heads == config.num_heads // 3  # of 6
 
 
 def test_default_config_of_no_kind(lm) -> None:

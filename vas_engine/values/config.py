@@ -340,7 +340,7 @@ PLACE_FEATURES = 21
 """Numbers that tell a network where in the text a row stands (see `network.place_features`)."""
 LEAST_WIDTH = 64
 SMALL_BASE = 20_000_000
-"""Parameters up to which a reader gets more looks at the base than one hundredth of its cost would buy."""
+"""Parameters up to which networks get more of what they read than one hundredth of the base's cost would buy."""
 
 
 def default_config(
@@ -372,11 +372,11 @@ def default_config(
 
 
 def _sized(kind: str, lm: CausalLM, heads: tuple[HeadConfig, ...], width: int) -> ValueConfig:
-    preset, depth = KINDS[kind], lm.num_layers
+    preset, depth, small = KINDS[kind], lm.num_layers, lm.num_parameters <= SMALL_BASE
     shape: dict[str, Any] = {}
     if preset.reads_base:
-        # Attention over the base's heads is most of a reader's cost; on a small base it is little either way.
-        looks, queries = (5, 16) if lm.num_parameters <= SMALL_BASE else (4, 12)
+        # The base's K/V of these layers are read once more, which is most of what a reader costs: on a large base, few.
+        looks = 5 if small else 2
         layers = sorted({(index + 1) * depth // looks - 1 for index in range(looks)} - {-1})
         first = lm.layers[layers[-1]]
         layers = [
@@ -384,15 +384,17 @@ def _sized(kind: str, lm: CausalLM, heads: tuple[HeadConfig, ...], width: int) -
             for index in layers
             if (lm.layers[index].kv_heads, lm.layers[index].head_dim) == (first.kv_heads, first.head_dim)
         ]
-        queries = max(1, round(queries / first.kv_heads)) * first.kv_heads
+        queries = max(1, round(16 / first.kv_heads)) * first.kv_heads
         shape = {"layers": layers, "queries": queries, "head_dim": first.head_dim, "mlp": 2 * width}
     elif preset.own_kv:
         head_dim = 32 if width <= 256 else 64
         num_heads = -(-width // head_dim)
+        # Without sharing, by fours if that comes out even, its K/V would be a tenth of a large base's.
+        shared = min(n for n in range(1, num_heads + 1) if num_heads % n == 0 and 4 * n >= num_heads)
         shape = {
             "depth": 2,
             "num_heads": num_heads,
-            "kv_heads": num_heads,
+            "kv_heads": num_heads if small else shared,
             "head_dim": head_dim,
             "mlp": 4 * width,
         }
