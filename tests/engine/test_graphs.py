@@ -264,6 +264,25 @@ def test_steps_of_both_sorts_side_by_side(lm) -> None:
     assert results[0] == results[1]
 
 
+def test_graphs_captured_beforehand_serve(lm, networks) -> None:
+    """Nothing is left to capture for usual steps, and what was made without sequences draws what it should."""
+    every = {"a": 1.0, "r": 1.0, "s.plain": 0.5, "s.of9": 0.5, "m": -1.0}
+    results, known = [], 0
+    for graphs in (False, True):
+        running = engine(lm, networks, graphs=graphs, max_num_seqs=9)
+        running.capture_graphs()
+        known = len(running.graphs) if graphs else 0
+        events = []
+        for name, values in (("plain", {}), ("one", {"r": 2.0}), ("all", every)):
+            for i in range(9):
+                params = SamplingParams(values=values, seed=i, max_tokens=4 + i, ignore_eos=True, prune=False)
+                running.add_request(f"{name} {i}", [i + 1, 2], params)
+            events += drain(running)
+        results.append(events)
+    assert_same(results[1], results[0])
+    assert len(running.graphs) == known == 6 * 9  # plain, four networks, all of them; nine sizes
+
+
 def test_buckets() -> None:
     sizes = [bucket(n) for n in range(1, 500)]
     assert all(n <= size <= max(n + 1, 1.25 * n) for n, size in enumerate(sizes, 1))

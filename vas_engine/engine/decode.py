@@ -141,6 +141,22 @@ class DecodeGraphs:
                 return "prompts"
         return None
 
+    def capture(self, most: int, candidates: int, show: Callable[[list[Any]], Iterable[Any]]) -> None:
+        """Make the graphs of steps of up to so many sequences: plain, guided by each network alone, by all.
+
+        Args:
+            candidates: of each guided sequence. Steps of other numbers are captured when they come.
+            show: goes through a list and shows how far it has come.
+        """
+        able = [i for i, network in enumerate(self.guide.networks) if not network.reads_after]
+        shapes = []
+        for used in [[], *([i] for i in able), *([able] if len(able) > 1 else [])]:
+            each, width = (min(candidates, self.lm.vocab_size) + 1, _width(candidates)) if used else (0, 1)
+            sizes = {(bucket(n), bucket(n * each)) for n in range(1, most + 1)}
+            shapes += [(used, *size, width) for size in sorted(sizes, reverse=True)]  # the smaller share its memory
+        for shape in show(shapes):
+            self._step(*shape).run([], None)
+
     def launch(self, works: list[Work], behind: Flight | None = None) -> Flight | None:
         """Set off running the models over the last token of S sequences and drawing the next one of each.
 
@@ -155,16 +171,20 @@ class DecodeGraphs:
         used = sorted({index for s in sequences for index in s.networks})
         guided = [s for s in sequences if s.networks]
         most = max((s.num_candidates for s in guided), default=0)
-        width = 1 + (1 << (most - 1).bit_length() if most else 0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
-        size = bucket(len(sequences)), bucket(rows) if rows else 0, width
-        key = (*size, *((index, self.guide.networks[index].scorer.version) for index in used))
-        step = self._decodes.get(key)
-        if step is None:
-            if behind is not None:
-                return None
-            step = self._decodes[key] = _DecodeStep(self, used, *size)
-        return Flight(works, step.run(sequences, behind))
+        shape = used, bucket(len(sequences)), bucket(rows), _width(most)
+        if behind is not None and self._key(*shape) not in self._decodes:
+            return None
+        return Flight(works, self._step(*shape).run(sequences, behind))
+
+    def _key(self, used: list[int], *sizes: int) -> Any:
+        return *sizes, *((index, self.guide.networks[index].scorer.version) for index in used)
+
+    def _step(self, used: list[int], size: int, rows: int, width: int) -> _DecodeStep:
+        key = self._key(used, size, rows, width)
+        if key not in self._decodes:
+            self._decodes[key] = _DecodeStep(self, used, size, rows, width)
+        return self._decodes[key]
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
         """The base model alone, over the last token of S sequences; the result is good until the next step."""
@@ -173,6 +193,11 @@ class DecodeGraphs:
         if key not in self._forwards:
             self._forwards[key] = _ForwardStep(self, size)
         return self._forwards[key].run(sequences)
+
+
+def _width(candidates: int) -> int:
+    """Columns of a selection: the best of the other tokens, and a power of two."""
+    return 1 + (1 << (candidates - 1).bit_length() if candidates else 0)
 
 
 def decodes(work: Work) -> bool:
@@ -318,6 +343,8 @@ class _DecodeStep(_Step):
         settings = host["settings"]
         settings[0] = np.arange(self.size)
         settings[:, count:][1:] = 0
+        if not count:
+            return
         knobs = np.array([s.knobs for s in sequences], np.float64)
         settings[1, :count] = knobs[:, TEMPERATURE].copy().view(np.int64)
         settings[2, :count] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)

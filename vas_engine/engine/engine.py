@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
@@ -291,6 +293,14 @@ class Engine:
         siblings.remove(sequence)
         if not siblings:
             del self._live[sequence.request_id]
+
+    def capture_graphs(self) -> None:
+        """Capture the steps of all sizes before the first request pays for them; nothing without graphs."""
+        if self.graphs is None:
+            return
+        show = partial(tqdm, desc="capture", unit="graph", disable=None)
+        with torch.inference_mode():
+            self.graphs.capture(self.scheduler.max_num_seqs, SamplingParams().num_candidates, show)
 
     # -- the step --------------------------------------------------------------------------------------------
 

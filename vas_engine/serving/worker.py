@@ -44,6 +44,7 @@ class EngineThread:
     """
 
     def __init__(self, engine: Engine, tokenizer: Any | None, observer: Observer) -> None:
+        engine.capture_graphs()
         self.engine = engine
         self._observer = observer
         self.broken: BaseException | None = None
