@@ -42,20 +42,20 @@ def poison(pair: Pair, num_blocks: int) -> None:
 
 
 def run(pair: Pair, works: list[tuple[Sequence, list[int], list[int], bool]]):
-    """One forward over (sequence, tokens, positions, slotted) works; every row's logits and all hidden
-    states."""
+    """One forward over (sequence, tokens, positions, slotted) works; all hidden states."""
     batch = AttentionBatch.from_sequences(
         [work[0].table for work in works], [work[2] for work in works], [work[3] for work in works], BLOCK
     )
     token_ids = torch.tensor([token for work in works for token in work[1]])
     states = range(pair.lm.num_layers + 1)
-    return pair.lm.forward(token_ids, batch, torch.arange(batch.num_rows), states=states)
+    return pair.lm.forward(token_ids, batch, states)
 
 
 def assert_row(pair: Pair, out, row: int, token_ids: list[int], **tolerance: float) -> None:
     """Row ``row`` is the last one of a full forward over ``token_ids``."""
     logits, hidden = pair.full(token_ids)
-    torch.testing.assert_close(out.logits[row], logits[-1], **(tolerance or TOLERANCE))
+    found = pair.lm.logits(out.last_hidden[row, None])[0]
+    torch.testing.assert_close(found, logits[-1], **(tolerance or TOLERANCE))
     for index, state in enumerate(hidden):
         torch.testing.assert_close(out.hidden[index][row], state[-1], **(tolerance or TOLERANCE))
     assert torch.equal(out.last_hidden, out.hidden[pair.lm.num_layers])
@@ -166,13 +166,14 @@ def test_half_precision_is_as_near_as_the_eager_model(name, dtype):
     poison(pair, sum(len(s.table) for s in sequences))
     run(pair, [(s, s.token_ids[:-1], list(range(len(s.token_ids) - 1)), True) for s in sequences])
     out = run(pair, [(s, s.token_ids[-1:], [len(s.token_ids) - 1], True) for s in sequences])
-    assert out.logits.dtype == dtype
+    logits = pair.lm.logits(out.last_hidden)
+    assert logits.dtype == dtype
     for row, sequence in enumerate(sequences):
         exact.eager.load_state_dict(pair.eager.state_dict())
         truth = exact.full(sequence.token_ids)[0][-1]
         eager = pair.full(sequence.token_ids)[0][-1].float()
         allowed = max(2 * float((eager - truth).norm()), 1e-2 * float(truth.norm()))
-        assert float((out.logits[row].float() - truth).norm()) <= allowed
+        assert float((logits[row].float() - truth).norm()) <= allowed
 
 
 def test_two_models_at_once_do_not_mix():
@@ -185,20 +186,15 @@ def test_two_models_at_once_do_not_mix():
         assert_row(pair, out, 7, sequences[0].token_ids)
 
 
-def test_logits_only_where_asked_for(pair):
+def test_only_what_is_asked_for(pair):
     (sequence,) = make_sequences([6])
     poison(pair, len(sequence.table))
     batch = AttentionBatch.from_sequences([sequence.table], [list(range(6))], [True], BLOCK)
-    token_ids = torch.tensor(sequence.token_ids)
-    every = pair.lm.forward(token_ids, batch, torch.arange(6))
-    some = pair.lm.forward(token_ids, batch, torch.tensor([4, 1]))
-    torch.testing.assert_close(some.logits, every.logits[[4, 1]], **TOLERANCE)
-    assert some.logits.shape == (2, pair.lm.vocab_size)
-    none = pair.lm.forward(token_ids, batch)
-    assert none.logits is None
-    assert none.hidden == {}
-    torch.testing.assert_close(pair.lm.logits(every.last_hidden[[2, 5]]), every.logits[[2, 5]], **TOLERANCE)
-    torch.testing.assert_close(none.last_hidden, every.last_hidden, **TOLERANCE)
+    out = pair.lm.forward(torch.tensor(sequence.token_ids), batch)
+    assert out.hidden == {}
+    logits = pair.lm.logits(out.last_hidden[[4, 1]])
+    assert logits.shape == (2, pair.lm.vocab_size)
+    torch.testing.assert_close(logits, pair.full(sequence.token_ids)[0][[4, 1]], **TOLERANCE)
 
 
 def test_misuse_is_named():

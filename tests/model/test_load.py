@@ -254,7 +254,7 @@ def test_real_checkpoints_continue_as_in_transformers(name):
         batch = AttentionBatch.from_sequences(tables, positions, [True, True], 4)
         ids = torch.tensor([sequences[i][p] for i in range(2) for p in positions[i]])
         ends = torch.tensor([len(positions[0]) - 1, len(ids) - 1])
-        logits = lm.forward(ids, batch, ends).logits
+        logits = lm.logits(lm.forward(ids, batch).last_hidden[ends])
         for i in range(2):
             done[i] = len(sequences[i])
             sequences[i].append(int(logits[i].argmax()))

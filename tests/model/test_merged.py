@@ -26,7 +26,7 @@ def test_the_same_numbers_from_fewer_products(name: str, groups: int) -> None:
     for model in (alone, lm):
         model.allocate(2, BLOCK)
         with torch.profiler.profile() as profile:
-            outs.append(model.forward(tokens, batch, torch.arange(7)).logits)
+            outs.append(model.logits(model.forward(tokens, batch).last_hidden))
         counts.append(sum(event.count for event in profile.key_averages() if event.key == "aten::linear"))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     assert counts[0] - counts[1] == 3 * groups // 2  # two fewer a layer in attention, one in the feed-forward

@@ -263,7 +263,7 @@ class _Step(ABC):
         batch = AttentionBatch(
             given["tables"], self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
         )
-        return self.owner.lm.forward(token_ids, batch, None, self.owner.guide.states)
+        return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)
 
 
 class _ForwardStep(_Step):
@@ -284,7 +284,7 @@ class _ForwardStep(_Step):
         found, count = self._output, len(sequences)
         assert found is not None
         hidden = {index: states[:count] for index, states in found.hidden.items()}
-        return ForwardOutput(None, hidden, found.last_hidden[:count])
+        return ForwardOutput(hidden, found.last_hidden[:count])
 
 
 class _DecodeStep(_Step):

@@ -361,7 +361,7 @@ class Engine:
         if self.graphs is not None and not warm and all(decodes(w) and not w.sequence.lookahead for w in works):
             forward = self.graphs.forward(rows.sequences)
         else:
-            forward = self.lm.forward(rows.tokens(device), rows.batch(device), None, self.guide.states)
+            forward = self.lm.forward(rows.tokens(device), rows.batch(device), self.guide.states)
         hidden: Hidden = forward.hidden
         self.stats.steps += 1
         self.stats.model_rows += len(rows)

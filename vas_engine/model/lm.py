@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +33,10 @@ class ForwardOutput:
     """What one forward over R rows gives.
 
     Attributes:
-        logits: [n, V] in the model's dtype, for the rows asked for; None when none were.
         hidden: state index -> [R, H].
         last_hidden: [R, H], after the final norm.
     """
 
-    logits: torch.Tensor | None
     hidden: dict[int, torch.Tensor]
     last_hidden: torch.Tensor
 
@@ -98,7 +95,6 @@ class CausalLM:
         self.cache: KVCache | None = None
         self.head = model.get_output_embeddings() is not None and self.backbone is not model
         self._state = AttentionState()
-        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         attach(model, self._state)
         position = min(PROBE_POSITION, self.max_model_len - 1)
         probed = probe(model, self._state, position)
@@ -256,10 +252,9 @@ class CausalLM:
         self,
         token_ids: torch.Tensor,
         batch: AttentionBatch,
-        logit_rows: torch.Tensor | None = None,
         states: Sequence[int] = (),
     ) -> ForwardOutput:
-        """Runs R rows of any number of sequences at once.
+        """Runs R rows of any number of sequences at once; for logits of some see :meth:`logits`.
 
         Keys and values of slotted rows go to the pages; those of unslotted rows are kept until the next
         forward, for :meth:`commit`.
@@ -267,7 +262,6 @@ class CausalLM:
         Args:
             token_ids: int64 [R].
             batch: what each row sees and where it is written.
-            logit_rows: int64 [n], rows whose logits are wanted, or None.
             states: indices of the hidden states that are wanted, of every row.
         """
         self._pages()
@@ -276,16 +270,12 @@ class CausalLM:
             raise InvalidArgumentError("token_ids", tuple(token_ids.shape), fix)
         self._state.scratch = {}
         if self.compiled and 0 < batch.num_rows <= MAX_ROWS:
-            return self._forward_compiled(token_ids, batch, logit_rows, states)
+            return self._forward_compiled(token_ids, batch, states)
         self._watch(states)
         with self._state.running("paged", batch):
-            logits = self._call(token_ids[None], batch.positions[None], logit_rows)
+            self.backbone(input_ids=token_ids[None], position_ids=batch.positions[None], use_cache=False)
         hidden, last = self._take(states)
-        return ForwardOutput(
-            logits=None if logits is None else logits[0],
-            hidden={index: state[0] for index, state in hidden.items()},
-            last_hidden=last[0],
-        )
+        return ForwardOutput({index: state[0] for index, state in hidden.items()}, last[0])
 
     @torch.inference_mode()
     def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
@@ -294,8 +284,7 @@ class CausalLM:
         That code may do more than multiply (soft capping, scaling), so it is called rather than copied: the
         backbone is made to answer with the given states.
         """
-        if not self.head:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no language-model head, so no logits")
+        self._check_head()
         if self.compiled and 0 < len(last_hidden) <= MAX_ROWS:
             return self._compiled_logits()(last_hidden[None])[0]
         return self._head_of(last_hidden[None])[0]
@@ -359,14 +348,16 @@ class CausalLM:
         state = self._state
         state.keep, state.kept = frozenset(kv_layers), {}
         positions = positions_of(token_ids, branches)
-        every = torch.arange(positions.shape[1], device=token_ids.device) if logits else None
+        if logits:
+            self._check_head()
         with state.running("dense", branches=branches):
             rows = token_ids if branches is None else branches.join(token_ids)
-            scores = self._call(rows, positions, every)
+            run = self.model if logits else self.backbone
+            output = run(input_ids=rows, position_ids=positions, use_cache=False)
         hidden, last = self._take(states)
         kept, state.kept, state.keep = state.kept, {}, frozenset()
         return DenseOutput(
-            logits=scores,
+            logits=output.logits if logits else None,
             hidden=hidden,
             last_hidden=last,
             keys={layer: all_heads(kept[layer][0], self.tensor_parallel_size, 1) for layer in kv_layers},
@@ -375,42 +366,22 @@ class CausalLM:
 
     # Inner workings
 
-    def _call(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """The model's own forward; its head (and what it does behind it) runs on the rows asked for only."""
-        if logit_rows is None or logit_rows.numel() == 0:
-            self.backbone(input_ids=token_ids, position_ids=positions, use_cache=False)
-            return None
+    def _check_head(self) -> None:
         if not self.head:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no language-model head, so no logits")
-        options: dict[str, Any] = {"logits_to_keep": logit_rows} if self._slices_logits else {}
-        output = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, **options)
-        return output.logits if self._slices_logits else output.logits[:, logit_rows]
 
     def _forward_backbone(self, *args: Any, **kwargs: Any) -> Any:
         if self._given is not None:
             return _Given(self._given)
         return self._run_backbone(*args, **kwargs)
 
-    def _forward_compiled(
-        self,
-        token_ids: torch.Tensor,
-        batch: AttentionBatch,
-        logit_rows: torch.Tensor | None,
-        states: Sequence[int],
-    ) -> ForwardOutput:
+    def _forward_compiled(self, token_ids: torch.Tensor, batch: AttentionBatch, states: Sequence[int]) -> ForwardOutput:
         wanted = self._captured_states(states)
         run = self._compiled_forward(wanted)
         with self._state.running("compiled", batch):
             last, *captured = run(token_ids[None], batch.positions[None])
         hidden = dict(zip((*wanted, self.num_layers), (*captured, last), strict=True))
-        wants_logits = logit_rows is not None and logit_rows.numel() > 0
-        return ForwardOutput(
-            logits=self.logits(last[0, logit_rows]) if wants_logits else None,
-            hidden={index: hidden[index][0] for index in states},
-            last_hidden=last[0],
-        )
+        return ForwardOutput({index: hidden[index][0] for index in states}, last[0])
 
     def _captured_states(self, states: Sequence[int]) -> tuple[int, ...]:
         """The states among these that hooks capture, in order."""
