@@ -15,6 +15,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.model.backend import resolve_backend
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.lm import CausalLM
 from vas_engine.values.artifact import load_value, read_config
@@ -72,12 +73,12 @@ def is_head(folder: str | Path) -> bool:
 class _Base:
     """A base model as an action head sees it once it is loaded: sizes, fingerprint, embeddings."""
 
-    attention_backend = "auto"
     tensor_parallel_size = 1
 
     def __init__(self, lm: CausalLM, device: Any) -> None:
         self.vocab_size, self.hidden_size, self.num_layers = lm.vocab_size, lm.hidden_size, lm.num_layers
         self.dtype, self.device, self.fingerprint = lm.dtype, torch.device(device), lm.fingerprint
+        self.attention_backend = resolve_backend("auto", self.device, self.dtype)
         self._embed = lm.embed
 
     def embed(self, token_ids: Tensor) -> Tensor:
