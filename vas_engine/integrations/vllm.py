@@ -86,6 +86,7 @@ class _Request:
     Attributes:
         tokens: prompt and response so far.
         output: vLLM's own list of the response (V1), which it appends to.
+        drawn: the last token drawn for it.
         error: why it is being ended.
     """
 
@@ -94,13 +95,21 @@ class _Request:
     tokens: list[int]
     prompt_len: int = 0
     output: list[int] | None = None
+    drawn: int = -1
     counts: dict[int, int] = field(default_factory=dict)
     error: Exception | None = None
 
     def catch_up(self) -> None:
-        """Takes over the tokens that vLLM has appended."""
-        if self.output is not None:
-            self.tokens += self.output[len(self.tokens) - self.prompt_len :]
+        """Takes over the tokens that vLLM has appended.
+
+        Where it schedules ahead it appends -1 and puts that right only if another request needs it, all that are left
+        at once, which shortens the list: so they are put right here, each in its step.
+        """
+        if self.output is None:
+            return
+        start = len(self.tokens) - self.prompt_len
+        self.output[start:] = [self.drawn if token < 0 else token for token in self.output[start:]]
+        self.tokens += self.output[start:]
 
     def history(self) -> dict[int, int]:
         """Token -> times generated; 0 if it is in the prompt only."""
@@ -175,6 +184,8 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
         self._hold(set(rows.values()))
         if rows:
             tokens = self._draw(logits, list(rows), list(rows.values()))
+            for request, token in zip(rows.values(), tokens, strict=True):
+                request.drawn = token
             index = torch.tensor(list(rows), device=logits.device)
             logits[index] = float("-inf")
             logits[index, torch.tensor(tokens, device=logits.device)] = 0.0
@@ -224,11 +235,7 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
             request = self._requests.get(slot)
             if request is None or position + 1 < int(states.prefill_len.np[slot]):
                 continue
-            known = len(request.tokens)
-            if known > position + 1:  # preempted and filled again
-                known = 0
-                request.tokens.clear()
-            request.tokens += states.all_token_ids.gpu[slot, known : position + 1].tolist()
+            request.tokens += states.all_token_ids.gpu[slot, len(request.tokens) : position + 1].tolist()
             request.prompt_len = int(states.prompt_len.np[slot])
             found[row] = request
         return found
