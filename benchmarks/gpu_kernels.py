@@ -1,4 +1,5 @@
-"""Kernels by themselves on a GPU: bytes per second beside those of a copy, and what sharing a prefix saves.
+"""Kernels by themselves on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, and attention
+beside others'.
 
 python -m benchmarks.gpu_kernels
 python -m benchmarks.gpu_kernels --small          one little case of each, for compute-sanitizer
@@ -21,6 +22,7 @@ import torch
 from vas_engine.kernels import reference
 
 from benchmarks import record
+from benchmarks.attention_peers import peers
 from benchmarks.gpu_clock import Budget, Call, Ceilings, captured, measure_ceilings, seconds_per_call
 from benchmarks.record import spread
 from vas_engine.sampling import SamplingArrays
@@ -109,7 +111,7 @@ def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -
 def measure_attention(
     case: AttentionCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
 ) -> dict[str, Any]:
-    """Seconds of one call and, for several rows, of as many calls of one row each, as CUDA graphs or not.
+    """Seconds of one call, of peers' and, for several rows, of as many calls of one row each, as CUDA graphs or not.
 
     Raises:
         ValueError: the result is not the reference's.
@@ -139,6 +141,18 @@ def measure_attention(
         apart, _ = _captured([lambda parts=parts: one_by_one(parts) for parts in single], device, capture)
         found["seconds_one_by_one"] = spread(seconds_per_call(apart, device))
         found["times_faster"] = found["seconds_one_by_one"]["median"] / median
+    found["peers"] = {}
+    for name, peer in peers(device).items():
+        try:
+            calls = [peer(given) for given in inputs]
+            check(calls[0](), inputs[0], case, scale)
+            calls, captures = _captured(calls, device, capture)
+            seconds = seconds_per_call(calls, device)
+        except Exception as error:  # of whatever sort: a peer that cannot run here is no fault of ours
+            found["peers"][name] = {"failed": f"{type(error).__name__}: {error}"}
+            continue
+        times = statistics.median(seconds) / median
+        found["peers"][name] = {"seconds": spread(seconds), "captured": captures, "times_faster": times}
     return found
 
 
@@ -161,21 +175,22 @@ def _captured(calls: list[Call], device: torch.device, capture: bool) -> tuple[l
 
 
 def check(out: torch.Tensor, given: dict[str, Any], case: AttentionCase, scale: float) -> None:
-    """Compares the first request with the reference in float32; ValueError above one hundredth."""
-    first = slice(0, case.rows)
-    blocks = given["block_tables"][0].long()
-    wanted = reference.candidate_attention(
-        given["q"][first].float(),
-        given["k_pages"][blocks].float(),
-        given["v_pages"][blocks].float(),
-        torch.arange(len(blocks), dtype=torch.int32, device=out.device)[None],
-        given["group_offsets"][:2],
-        given["prefix_lens"][first],
-        scale=scale,
-    )
-    error = float((out[first].float() - wanted).norm() / wanted.norm())
-    if not error < 1e-2:
-        raise ValueError(f"{case}: differs from the reference by {error:.3g} of its norm")
+    """Compares the first and the last request with the reference in float32; ValueError above one hundredth."""
+    for request in (0, case.requests - 1):
+        own = slice(request * case.rows, (request + 1) * case.rows)
+        blocks = given["block_tables"][request].long()
+        wanted = reference.candidate_attention(
+            given["q"][own].float(),
+            given["k_pages"][blocks].float(),
+            given["v_pages"][blocks].float(),
+            torch.arange(len(blocks), dtype=torch.int32, device=out.device)[None],
+            given["group_offsets"][:2],
+            given["prefix_lens"][own],
+            scale=scale,
+        )
+        error = float((out[own].float() - wanted).norm() / wanted.norm())
+        if not error < 1e-2:
+            raise ValueError(f"{case}: differs from the reference by {error:.3g} of its norm")
 
 
 def measure_sampler(
@@ -235,7 +250,7 @@ def table(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = [
         str(Ceilings(**report["ceilings"])),
-        f"{'kernel':<21}{'case':<34}{'us':>9}{'GB/s':>8}{'of copy':>9}{'one by one':>12}",
+        f"{'kernel':<21}{'case':<34}{'us':>9}{'GB/s':>8}{'of copy':>9}  times faster than",
     ]
     for row in report["results"]:
         if row["kernel"] == "candidate_attention":
@@ -246,9 +261,11 @@ def table(report: dict[str, Any]) -> str:
             state = "skipped" if "skipped" in row else "FAILED"
             lines.append(f"{row['kernel']:<21}{case:<34}  {state}: {row[state.lower()].splitlines()[0]}")
             continue
-        ratio = f"{row['times_faster']:.1f} x" if "times_faster" in row else ""
+        ratios = {"one by one": row} if "times_faster" in row else {}
+        ratios |= {name: peer for name, peer in row.get("peers", {}).items() if "times_faster" in peer}
+        ratio = ", ".join(f"{name} {of['times_faster']:.1f}" for name, of in ratios.items())
         numbers = f"{row['seconds']['median'] * 1e6:>9.1f}{row['bytes_per_second'] / 1e9:>8.0f}"
-        lines.append(f"{row['kernel']:<21}{case:<34}{numbers}{row['of_copy_bandwidth']:>9.2f}{ratio:>12}".rstrip())
+        lines.append(f"{row['kernel']:<21}{case:<34}{numbers}{row['of_copy_bandwidth']:>9.2f}  {ratio}".rstrip())
     return "\n".join(lines)
 
 

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_clock, gpu_decode, gpu_kernels, record
+from benchmarks import attention_peers, gpu_check, gpu_clock, gpu_decode, gpu_kernels, record
 from benchmarks.gpu_check import FAILED, NO_GPU, OK, PARTS, Part
 from vas_engine.engine.cost import SHAPES
 
@@ -142,7 +143,10 @@ def test_kernels_are_measured_and_checked(tmp_path: Path, capsys: pytest.Capture
     attention, sampler = report["results"]
     assert attention["times_faster"] > 0 < sampler["of_copy_bandwidth"]
     assert {"machine", "versions", "commit", "time", "ceilings"} <= set(report)
-    assert "candidate_attention" in capsys.readouterr().out
+    assert attention["peers"]["sdpa"]["times_faster"] > 0
+    out_text = capsys.readouterr().out
+    assert "candidate_attention" in out_text
+    assert f"sdpa {attention['peers']['sdpa']['times_faster']:.1f}" in out_text
     assert gpu_kernels.main([*options, "--seconds", "0"]) == OK
     assert "out of time" in capsys.readouterr().out
 
@@ -158,6 +162,21 @@ def test_a_wrong_kernel_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(tmp_path / "out.json")]
     assert gpu_kernels.main(options) == FAILED
     assert "differs from the reference" in json.loads((tmp_path / "out.json").read_text())["results"][0]["failed"]
+
+
+def test_a_wrong_peer_is_no_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Judged on requests whose blocks lie scattered; what it does wrong fails nothing of ours."""
+
+    def shifted(given: dict[str, Any]) -> Any:
+        return attention_peers.sdpa({**given, "block_tables": given["block_tables"].roll(1, 1)})
+
+    found = {"sdpa": attention_peers.sdpa, "shifted": shifted}
+    monkeypatch.setattr(gpu_kernels, "peers", lambda device: found)
+    options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(tmp_path / "out.json")]
+    assert gpu_kernels.main(options) == OK
+    judged = json.loads((tmp_path / "out.json").read_text())["results"][0]["peers"]
+    assert "times_faster" in judged["sdpa"]
+    assert "differs from the reference" in judged["shifted"]["failed"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
