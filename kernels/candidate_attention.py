@@ -77,19 +77,36 @@ def _body(
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     OWN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One item of one kv head.
-
-    Rows' own keys and values come with OWN; `see_self` [R] says who sees them. WIDE: products in float32, for
-    float32 pages and for queries of another dtype than the pages. stats holds [maximum, sum] x partials.
-    """
+    """One item of one kv head a program."""
     item = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
     group = tl.load(items + item * 4)
     if group < 0:
         return
-    first = tl.load(items + item * 4 + 1)
-    split = tl.load(items + item * 4 + 2)
-    splits = tl.load(items + item * 4 + 3)
+    attend_item(
+        item, tl.program_id(0) % KV_HEADS, group,
+        tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3),
+        q, q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, out, partial, stats,
+        scale, softcap, window, table_row, partials, q_row, q_head, k_row, k_head, v_row, v_head,
+        KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, M, N, D, OWN, WINDOWED, CAPPED, WIDE, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_item(
+    item, kv_head, group, first, split, splits,
+    q, turns, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, out, partial, stats,
+    scale, softcap, window, table_row, partials,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    OWN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """One item of one kv head: the tile from pair `first` of a group on, and of its prefix the given split.
+
+    Rows' own keys and values come with OWN; `see_self` [R] says who sees them. WIDE: products in float32, for
+    float32 pages and for queries of another dtype than the pages. stats holds [maximum, sum] x partials. With TURNED
+    the halves of a query are rotated against each other by `turns` [R, HEAD_DIM], cosines and behind them sines.
+    """
     compute = tl.float32 if WIDE else k_pages.dtype.element_ty
 
     pair = first + tl.arange(0, M)
@@ -102,6 +119,13 @@ def _body(
     query = tl.load(
         q + (row * q_row + head * q_head)[:, None] + dim[None, :], valid[:, None] & in_head[None, :], other=0.0
     )
+    if TURNED:
+        half: tl.constexpr = HEAD_DIM // 2
+        mask, turn = valid[:, None] & in_head[None, :], turns + (row * HEAD_DIM)[:, None] + (dim % half)[None, :]
+        across = q + (row * q_row + head * q_head)[:, None] + ((dim + half) % HEAD_DIM)[None, :]
+        across = tl.load(across, mask, other=0.0).to(tl.float32)
+        across = tl.where((dim < half)[None, :], -across, across) * tl.load(turn + half, mask, other=0.0)
+        query = (query.to(tl.float32) * tl.load(turn, mask, other=0.0) + across).to(q.dtype.element_ty)
 
     # What the rows see of the pages, [low, high) each, and what any of them sees, [bottom, top).
     high = tl.load(prefix_lens + row, valid, other=0)
@@ -185,15 +209,24 @@ def _merge(
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The splits of a tile share the merging: split s takes pairs s, s + splits and so on."""
     item = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
     group = tl.load(items + item * 4)
     splits = tl.load(items + item * 4 + 3)
     if (group < 0) | (splits == 1):
         return
-    first = tl.load(items + item * 4 + 1)
-    split = tl.load(items + item * 4 + 2)
+    merge_item(
+        item, tl.program_id(0) % KV_HEADS, group, tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2), splits,
+        offsets, out, partial, stats, partials, KV_HEADS, SHARE, HEAD_DIM, M, D, SPLITS, AT_ONCE,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_item(
+    item, kv_head, group, first, split, splits, offsets, out, partial, stats, partials,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The splits of a tile share the merging: split s takes pairs s, s + splits and so on."""
     first_row = tl.load(offsets + group)
     pairs = tl.minimum((tl.load(offsets + group + 1) - first_row) * SHARE - first, M)
     base = (item - split).to(tl.int64) * KV_HEADS + kv_head

@@ -28,7 +28,10 @@ from typing import Any
 
 from vas_engine.kernels import has_triton
 
-MODULES = ("candidate_attention", "paged_prefill", "kv_commit", "candidate_select", "value_tilt", "candidate_input")
+MODULES = (
+    "candidate_attention", "paged_prefill", "kv_commit", "candidate_select", "value_tilt", "candidate_input",
+    "reader_step",
+)  # fmt: skip
 """Modules of kernels; one that is absent or has no `variants()` is passed over."""
 
 KIB = 1024

@@ -40,7 +40,7 @@ _NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "relu":
@@ -62,7 +62,7 @@ def _normaliser(x, stride, first, last, width, ROWS: tl.constexpr, K: tl.constex
 
 
 @triton.jit
-def _linear(
+def linear(
     x, stride, scale, first, last, weight, bias, result, inputs, outputs,
     ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     SCALED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,7 +83,7 @@ def _linear(
             total = tl.dot(part.to(w.dtype), w, total, input_precision=PRECISION)
         total += tl.load(bias + n + unit, mask=mine, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION != "":
-            total = _activate(total, ACTIVATION)
+            total = activate(total, ACTIVATION)
         at = result + row.to(tl.int64)[:, None] * outputs + (n + unit)[None, :]
         tl.store(at, total, mask=(row[:, None] < last) & mine[None, :])
 
@@ -114,7 +114,7 @@ def _mean_and_lift(raw, atoms, bins, weight, live, BINS: tl.constexpr):
 
 
 @triton.jit
-def _score(
+def score_rows(
     raw, outputs, first, last, kinds, scales, starts, atoms, heads, asked, exactly, values, utilities,
     ROWS: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -162,27 +162,41 @@ def _fused(
         if NORM:
             scale = _normaliser(features, stride, start, last, width, ROWS, K)
         if ACTIVATION == "":
-            _linear(
+            linear(
                 features, stride, scale, start, last, output, output_bias, raw, width, outputs,
                 ROWS, K, N, NORM, "", PRECISION,
             )  # fmt: skip
         else:
-            _linear(
+            linear(
                 features, stride, scale, start, last, hidden, hidden_bias, middle, width, hidden_size,
                 ROWS, K, H, NORM, ACTIVATION, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
-            _linear(
+            linear(
                 middle, hidden_size, scale, start, last, output, output_bias, raw, hidden_size, outputs,
                 ROWS, K, N, False, "", PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
-        _score(
+        score_rows(
             raw, outputs, start, last, kinds, scales, starts, atoms, heads, asked + s * heads,
             tl.load(optimal + s) != 0, values, utilities, ROWS, BINS,
         )  # fmt: skip
         tl.debug_barrier()
 
+    settle(
+        s, first, last, asked, limits, baselines, candidate_mean, columns,
+        token_ids, log_probs, noise, count, tail, tail_log_mass, finite, tilt, values, utilities, winner, statistics,
+        sequences, heads, selected, choose, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def settle(
+    s, first, last, asked, limits, baselines, candidate_mean, columns,
+    token_ids, log_probs, noise, count, tail, tail_log_mass, finite, tilt, values, utilities, winner, statistics,
+    sequences, heads, selected, choose, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Tilts and the winner of sequence s, whose rows [first, last) have their values and utilities."""
     row = tl.arange(0, COLUMNS)
     rows = last - first
     filled = tl.load(count + s).to(tl.int32)
@@ -274,7 +288,7 @@ def _operator(
         output_bias if hidden_bias is None else hidden_bias, *head_tensors,
         *settings, row_offsets, columns, *selection, tilt, *results, middle, raw,
         sequences, features.shape[1], hidden_size, outputs, heads, selected, int(choose),
-        NORM=norm, ACTIVATION="" if hidden is None else activation, PRECISION=_precision(),
+        NORM=norm, ACTIVATION="" if hidden is None else activation, PRECISION=precision(),
         **launch_of(selected, outputs, features.shape[1], hidden_size, hidden is None or hidden.dtype == torch.float32),
     )  # fmt: skip
     return results
@@ -320,7 +334,7 @@ def launch_of(selected: int, outputs: int, width: int, hidden_size: int, wide: b
     }
 
 
-def _precision() -> str:
+def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
