@@ -1,5 +1,5 @@
 """Kernels by themselves on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, and attention
-beside others'.
+beside others', and a reader as one kernel beside its parts.
 
 python -m benchmarks.gpu_kernels
 python -m benchmarks.gpu_kernels --small          one little case of each, for compute-sanitizer
@@ -64,6 +64,16 @@ class SamplerCase:
         return 2 * self.requests * self.vocabulary
 
 
+@dataclass(frozen=True)
+class ReaderCase:
+    """A reader over `rows` candidates each of `requests` prefixes of `context` tokens, of a base of a shape."""
+
+    requests: int
+    context: int
+    rows: int = 21
+    shape: str = "llama-8b"
+
+
 ATTENTION = [
     AttentionCase(32, 8192, 20),
     AttentionCase(32, 8192, 1),
@@ -73,7 +83,12 @@ ATTENTION = [
     AttentionCase(32, 8192, 20, heads=16),
 ]
 SAMPLER = [SamplerCase(batch, 128256, candidates) for batch in (1, 8, 64) for candidates in (0, 20)]
-SMALL = [AttentionCase(3, 70, 5, heads=4, kv_heads=2, head_dim=64)], [SamplerCase(3, 1000, 5)]
+READER = [ReaderCase(requests, context) for requests in (1, 8, 32) for context in (1024, 8192)]
+SMALL = (
+    [AttentionCase(3, 70, 5, heads=4, kv_heads=2, head_dim=64)],
+    [SamplerCase(3, 1000, 5)],
+    [ReaderCase(2, 20, 3, "tiny")],
+)
 
 
 def load(name: str, backend: str) -> Any:
@@ -83,6 +98,8 @@ def load(name: str, backend: str) -> Any:
         ModuleNotFoundError: there is no such kernel, or no Triton.
     """
     if backend == "reference":
+        if not hasattr(reference, name):
+            raise ModuleNotFoundError(f"{name} is judged against its parts, which are its reference")
         return getattr(reference, name)
     return getattr(importlib.import_module(f"vas_engine.kernels.{name}"), name)
 
@@ -216,7 +233,46 @@ def measure_sampler(
     }
 
 
-KERNELS: dict[str, Any] = {"candidate_attention": measure_attention, "candidate_select": measure_sampler}
+def measure_reader(
+    case: ReaderCase, _: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
+) -> dict[str, Any]:
+    """Seconds of a whole reader as one kernel, what prepares its input included, and of its parts; as CUDA graphs.
+
+    Raises:
+        ValueError: their values differ.
+    """
+    from benchmarks.reader_step import ReaderStep, base_and_reader
+
+    lm, network = base_and_reader(case.shape, device)
+    step = ReaderStep(lm, network, [case.context] * case.requests, [case.rows] * case.requests)
+    error = step.difference()
+    if not error < 2e-2:
+        raise ValueError(f"{case}: differs from its parts by {error:.3g} of their norm")
+    config, kv_heads = network.config, lm.layers[0].kv_heads
+    seen = 2 * len(config.layers) * case.requests * case.context * kv_heads * config.head_dim
+    assert network.embed_weight is not None  # read once, for the table
+    moved = (network.num_parameters - network.embed_weight.numel() + seen) * lm.dtype.itemsize
+    (whole, parts), captures = _captured([step.whole, step.parts], device, capture)
+    seconds, apart = seconds_per_call(whole, device), seconds_per_call(parts, device)
+    median = statistics.median(seconds)
+    return {
+        **asdict(case),
+        "bytes": moved,
+        "seconds": spread(seconds),
+        "captured": captures,
+        "bytes_per_second": moved / median,
+        "of_copy_bandwidth": moved / median / ceilings.bandwidth,
+        "difference": error,
+        "seconds_parts": spread(apart),
+        "times_faster": statistics.median(apart) / median,
+    }
+
+
+KERNELS: dict[str, Any] = {
+    "candidate_attention": measure_attention,
+    "candidate_select": measure_sampler,
+    "reader_step": measure_reader,
+}
 
 
 def measure(
@@ -224,13 +280,14 @@ def measure(
     backend: str,
     attention: Sequence[AttentionCase],
     sampler: Sequence[SamplerCase],
+    reader: Sequence[ReaderCase],
     budget: Budget,
     small: bool = False,
 ) -> dict[str, Any]:
     """Every case that there is time for; what was left out, or failed, says why."""
     ceilings = measure_ceilings(device, large=not small)
     results: list[dict[str, Any]] = []
-    for name, cases in (("candidate_attention", attention), ("candidate_select", sampler)):
+    for name, cases in zip(KERNELS, (attention, sampler, reader), strict=True):
         for case in cases:
             row: dict[str, Any] = {"kernel": name}
             if budget.left <= 0:
@@ -255,13 +312,16 @@ def table(report: dict[str, Any]) -> str:
     for row in report["results"]:
         if row["kernel"] == "candidate_attention":
             case = f"{row['requests']} x {row['context']}, {row['rows']} rows, {row['heads']} heads"
-        else:
+        elif row["kernel"] == "candidate_select":
             case = f"{row['requests']} x {row['vocabulary']}, {row['candidates']} candidates"
+        else:
+            case = f"{row['requests']} x {row['context']}, {row['rows']} rows, {row['shape']}"
         if "seconds" not in row:
             state = "skipped" if "skipped" in row else "FAILED"
             lines.append(f"{row['kernel']:<21}{case:<34}  {state}: {row[state.lower()].splitlines()[0]}")
             continue
-        ratios = {"one by one": row} if "times_faster" in row else {}
+        alone = "its parts" if row["kernel"] == "reader_step" else "one by one"
+        ratios = {alone: row} if "times_faster" in row else {}
         ratios |= {name: peer for name, peer in row.get("peers", {}).items() if "times_faster" in peer}
         ratio = ", ".join(f"{name} {of['times_faster']:.1f}" for name, of in ratios.items())
         numbers = f"{row['seconds']['median'] * 1e6:>9.1f}{row['bytes_per_second'] / 1e9:>8.0f}"
@@ -283,9 +343,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="no case is begun after that (60)")
     parser.add_argument("--json", type=Path, metavar="OUT", default=record.RESULTS / "gpu_kernels.json")
     options = parser.parse_args(arguments)
-    attention, sampler = SMALL if options.small else (ATTENTION, SAMPLER)
+    cases = SMALL if options.small else (ATTENTION, SAMPLER, READER)
     device = torch.device(options.device)
-    report = measure(device, options.backend, attention, sampler, Budget(options.seconds), options.small)
+    report = measure(device, options.backend, *cases, Budget(options.seconds), options.small)
     record.write(options.json, {**record.circumstances(), **report})
     print(table(report))
     return int(any("failed" in row for row in report["results"]))

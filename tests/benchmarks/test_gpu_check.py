@@ -140,7 +140,8 @@ def test_kernels_are_measured_and_checked(tmp_path: Path, capsys: pytest.Capture
     options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(out)]
     assert gpu_kernels.main(options) == OK
     report = json.loads(out.read_text())
-    attention, sampler = report["results"]
+    attention, sampler, reader = report["results"]
+    assert "its parts" in reader["skipped"]
     assert attention["times_faster"] > 0 < sampler["of_copy_bandwidth"]
     assert {"machine", "versions", "commit", "time", "ceilings"} <= set(report)
     assert attention["peers"]["sdpa"]["times_faster"] > 0
@@ -196,7 +197,10 @@ def test_the_triton_kernels_fit_the_benchmark(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all("seconds" in row for row in json.loads(out.read_text())["results"])
+    results = json.loads(out.read_text())["results"]
+    assert all("seconds" in row for row in results)
+    assert results[-1]["seconds_parts"]["median"] > 0 < results[-1]["times_faster"]
+    assert "its parts" in done.stdout
 
 
 def test_decoding_is_measured_beside_its_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ import triton.language as tl  # noqa: F401  the interpreter puts its own functio
 from vas_engine.kernels import reader_step as kernel
 from vas_engine.kernels.reader_step import unfit
 
-from benchmarks.reader_case import ReaderCase
+from benchmarks.reader_step import ReaderStep
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -71,7 +71,7 @@ def reader(lm: CausalLM, heads: str = "plain", share: int = 2, width: int = 40, 
     return network.bind(lm)
 
 
-def compare(case: ReaderCase, tolerance: float, **launch) -> None:
+def compare(case: ReaderStep, tolerance: float, **launch) -> None:
     """Values and tilts by relative norm; winners where rounding cannot have changed them."""
     (wanted, tilts), (found, tilt) = case.parts(), case.whole(**launch)
     scored = int(case.offsets[-1])
@@ -100,7 +100,7 @@ def test_equals_its_parts(heads: str) -> None:
     lm = base_model()
     network = reader(lm, heads)
     assert unfit(network, lm) is None
-    compare(ReaderCase(lm, network, *EDGES, padding=4), 1e-5)
+    compare(ReaderStep(lm, network, *EDGES, padding=4), 1e-5)
 
 
 @given(
@@ -120,7 +120,7 @@ def test_any_shape_equals_its_parts(groups, kv_heads, share, head_dim, block_siz
     lm = base_model(kv_heads=kv_heads, head_dim=head_dim)
     network = reader(lm, share=share, **changes)
     contexts, counts = zip(*groups, strict=True)
-    compare(ReaderCase(lm, network, contexts, counts, block_size, padding, seed), 1e-5, splits=splits)
+    compare(ReaderStep(lm, network, contexts, counts, block_size, padding, seed), 1e-5, splits=splits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -128,7 +128,7 @@ def test_narrow_numbers(dtype: torch.dtype) -> None:
     lm = base_model(dtype)
     network = reader(lm)
     assert unfit(network, lm) is None
-    compare(ReaderCase(lm, network, *EDGES), 2e-2, splits=2)
+    compare(ReaderStep(lm, network, *EDGES), 2e-2, splits=2)
 
 
 # -- many programs -----------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def share_among(programs: int, monkeypatch: pytest.MonkeyPatch, skipped: int | N
 @pytest.mark.parametrize("programs", [2, 7])
 def test_programs_share_the_work(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = base_model()
-    case = ReaderCase(lm, reader(lm), *EDGES, padding=4)
+    case = ReaderStep(lm, reader(lm), *EDGES, padding=4)
     met = share_among(programs, monkeypatch)
     compare(case, 1e-5, splits=2, programs=programs)
     assert met == [2 + 2 * 6] * programs
@@ -203,7 +203,7 @@ def test_programs_share_the_work(programs: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("skipped", [None, *range(8)])
 def test_every_barrier_is_needed(skipped: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = base_model()
-    case = ReaderCase(lm, reader(lm, layers=(1,)), [40, 33, 7], [5, 20, 16], padding=2)
+    case = ReaderStep(lm, reader(lm, layers=(1,)), [40, 33, 7], [5, 20, 16], padding=2)
     share_among(3, monkeypatch, skipped)
     if skipped is None:
         compare(case, 1e-5, splits=2, programs=3)
@@ -242,7 +242,7 @@ def test_all_programs_at_once(contexts: list[int], rows: int, dtype: torch.dtype
     """Many programs, many times over and in a graph: the same bits each time."""
     lm = base_model(dtype, kv_heads=4, head_dim=64, backend="triton")
     network = reader(lm, width=640, mlp=1280, head_hidden=640, layers=(0, 1, 2))
-    case = ReaderCase(lm, network, contexts, [rows] * len(contexts), padding=3)
+    case = ReaderStep(lm, network, contexts, [rows] * len(contexts), padding=3)
     compare(case, 2e-2 if dtype == torch.bfloat16 else 1e-4)
     compare(case, 2e-2 if dtype == torch.bfloat16 else 1e-4, programs=5)
     first, _ = case.whole()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -10,12 +12,26 @@ import torch.nn.functional as F
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings, ValueTilt
 
+from benchmarks.gpu_decode import MODELS, dummy_model
+from vas_engine.engine.cost import network_config
 from vas_engine.model import AttentionBatch, CausalLM
 from vas_engine.values import ValueNetwork
 from vas_engine.values.network import place_features
 
 
-class ReaderCase:
+@cache
+def base_and_reader(shape: str, device: torch.device) -> tuple[CausalLM, ValueNetwork]:
+    """The reader that goes with a shape, bound to a base of those layers that it looks at and no others."""
+    config = network_config(MODELS[shape], "reader")
+    looks = len(config.layers)
+    base = dummy_model(replace(MODELS[shape], layers=looks), device, positions=2**14)
+    torch.manual_seed(1)
+    network = ValueNetwork(config.replace(layers=range(looks), states=(looks // 2, looks)))
+    lm = CausalLM.load(base, device=device)
+    return lm, network.requires_grad_(False).bind(lm)
+
+
+class ReaderStep:
     """Random numbers of a step, and both ways to what they lead to.
 
     Args:
@@ -120,3 +136,9 @@ class ReaderCase:
             self.settings, self.offsets, self.columns, self.selection, tilt, **launch,
         )  # fmt: skip
         return found, tilt
+
+    def difference(self, **launch: int | None) -> float:
+        """Of the values of both ways, by the norm of the parts'."""
+        scored = int(self.offsets[-1])
+        wanted, found = (way.values[:scored].double() for way in (self.parts()[0], self.whole(**launch)[0]))
+        return float((found - wanted).norm() / wanted.norm())
