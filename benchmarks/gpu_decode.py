@@ -34,10 +34,10 @@ from vas_engine.engine.cost import SHAPES, Device, Network, Shape, network_confi
 from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
 
-PLAIN = ("plain", "serial")
-KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", *PEERS)
-"""What is measured: "serial" is plain decoding whose steps wait for the host, "reader-4" four readers at once, the last
-ones are transformers alone."""
+PLAIN = ("plain", "serial", "compiled")
+KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", "compiled-reader", *PEERS)
+"""What is measured: "serial" is plain decoding whose steps wait for the host, "compiled" goes through torch.compile,
+"reader-4" is four readers at once, the last ones are transformers alone."""
 VALUE_MODEL = {"llama-8b": "llama-1.1b", "tiny": "tiny"}
 """Shape of the value model of the paper's method, by that of the base model."""
 MODELS = {**SHAPES, "tiny": Shape(2, 64, 4, 2, 16, 128, 512, dtype="float32")}
@@ -82,6 +82,7 @@ def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
     """The networks of a kind, each about one hundredth of the base; "reader-4" is four of "reader"."""
     if kind in PLAIN or kind in PEERS:
         return {}
+    kind = kind.removeprefix("compiled-")
     name, _, count = kind.rpartition("-") if kind[-1].isdigit() else (kind, "", "1")
     return {f"value{index}": Network(network_config(shape, name)) for index in range(int(count))}
 
@@ -89,8 +90,8 @@ def networks_of(shape: Shape, kind: str) -> dict[str, Network]:
 def settings(kind: str, contexts: Sequence[int], batches: Sequence[int], candidates: Sequence[int]) -> list[Setting]:
     """In the order of what they take: prompts already seen are found in the prefix cache."""
     counts = [0] if kind in (*PLAIN, "hf-batch") else sorted(candidates, reverse=True)
-    if kind == "serial":
-        contexts = [min(contexts)]
+    if kind == "serial" or kind.startswith("compiled"):
+        contexts, counts = [min(contexts)], counts[:1]
     if kind == "hf-guided":
         # The port is slow: one setting, that of the goal.
         contexts, counts = [min(contexts)], counts[:1]
@@ -114,6 +115,7 @@ def measure(
             skip_tokenizer_init=True,
             max_num_seqs=batches,
             max_model_len=longest,
+            enforce_eager=False if kind.startswith("compiled") else None,
         )
     except Exception as error:  # of whatever sort: the other kinds are to be measured
         yield from ({**asdict(setting), "failed": f"{type(error).__name__}: {error}"} for setting in planned)

@@ -249,7 +249,7 @@ class Engine:
             self.scheduler.finish(sequence)
             self._ended.append(TokenEvent(request_id, sequence.index, finish_reason="abort", seed=sequence.seed))
 
-    def finish(self, request_id: str, index: int, reason: str = "stop") -> None:
+    def finish(self, request_id: str, index: int) -> None:
         """End one sample (its text met a stop string, say); no further event comes for it."""
         for sequence in self._live.get(request_id, []):
             if sequence.index == index:

@@ -96,7 +96,7 @@ class OutputFront:
                 touched[event.request_id] = request
                 request.start_step()
             if request.take(event):
-                self.engine.finish(event.request_id, event.index, "stop")
+                self.engine.finish(event.request_id, event.index)
         for request_id, request in touched.items():
             if request.close_if_done():
                 del self._requests[request_id]

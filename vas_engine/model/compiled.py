@@ -53,9 +53,9 @@ class CompiledFunction:
         examples = [given[:, :1].repeat_interleave(_EXAMPLE_ROWS, dim=1) for given in arguments]
         for example in examples:
             torch._dynamo.mark_dynamic(example, 1, min=1, max=MAX_ROWS)
-        # Products that share an input become one. The second setting keeps a single row from being told apart from
-        # several.
-        settings = {"freezing": True, "cpp.enable_concat_linear": True}
+        # On a CPU weights are laid out anew and products that share an input become one, as on a GPU they are already.
+        # The second setting keeps a single row from being told apart from several.
+        settings = {"freezing": examples[0].device.type == "cpu", "cpp.enable_concat_linear": True}
         with _inductor.patch(settings), _shapes.patch(backed_size_oblivious=True):
             try:
                 self._run(*examples)
