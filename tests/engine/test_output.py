@@ -29,8 +29,8 @@ class Script:
             raise InvalidArgumentError("prompt", prompt_ids, "is empty")
         self.added.append((request_id, prompt_ids, params, priority))
 
-    def finish(self, request_id, index, reason):
-        self.finished.append((request_id, index, reason))
+    def finish(self, request_id, index):
+        self.finished.append((request_id, index))
 
     def cancel(self, request_id):
         self.cancelled.append(request_id)
@@ -83,7 +83,7 @@ def test_a_stop_string_across_tokens_ends_the_sequence_and_tells_the_engine():
     assert completion.text == "one EN two "
     assert (completion.finish_reason, completion.stop_reason) == ("stop", "END")
     assert bytes(completion.token_ids) == b"one EN two END"
-    assert front.engine.finished == [("r", 0, "stop")]
+    assert front.engine.finished == [("r", 0)]
     assert output.finished
 
 
