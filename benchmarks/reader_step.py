@@ -93,7 +93,7 @@ class ReaderStep:
             2 * normal(*asked),
             torch.full(asked, 0.7, dtype=torch.float64, device=device),
             normal(*asked),
-            torch.zeros(len(counts), dtype=torch.bool, device=device),
+            torch.arange(len(counts), device=device) % 2 == 1,
             torch.arange(len(counts), device=device) % 3 == 1,
         )
         self.tilt = torch.zeros(len(counts), width, dtype=torch.float64, device=device)

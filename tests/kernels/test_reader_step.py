@@ -68,6 +68,9 @@ def reader(lm: CausalLM, heads: str = "plain", share: int = 2, width: int = 40, 
     config = ValueConfig(hidden_size=lm.hidden_size, vocab_size=lm.vocab_size, **options)
     network = ValueNetwork(config).requires_grad_(False)
     network.heads.output.weight.mul_(10)  # values that differ
+    for part in (network.heads.hidden, network.heads.output):
+        if part is not None:
+            part.bias.normal_()
     return network.bind(lm)
 
 
