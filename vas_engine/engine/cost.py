@@ -22,10 +22,12 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PARTS = ("weights", "kv", "network", "head", "sampler")
 """Parts of a step: the base model's layers, its attention, value networks, its vocabulary projection, sampling."""
 
-# Kernels of one layer when merged as far as is usual: norm, query-key-value, rotation and writing, attention and its
-# merge, output, norm, gate and up, activation, down.
+# Kernels of one layer of the base model as torch.compile leaves them: norm, query-key-value, rotation and writing,
+# attention and its merge, output, norm, gate and up, activation, down. Run one by one they are 36.
 _LAYER_KERNELS, _ATTENTION_KERNELS = 8, 2
-_INPUT_KERNELS, _OUTPUT_KERNELS, _HEAD_KERNELS, _SAMPLER_KERNELS = 3, 4, 2, 3
+# Those of value networks run one by one.
+_NETWORK_INPUT_KERNELS, _NETWORK_LAYER_KERNELS = 22, 26
+_OUTPUT_KERNELS, _HEAD_KERNELS, _SAMPLER_KERNELS = 4, 2, 3
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ def _network(shape: Shape, network: Network, batch: int, scored: int, context: f
     looked_up = 0 if network.lookahead else rows * width * 4
     projection = features * config.width
     moved = (projection + states * features) * size + looked_up
-    yield Work("network", moved, 2 * states * projection, _INPUT_KERNELS, dtype)
+    yield Work("network", moved, 2 * states * projection, _NETWORK_INPUT_KERNELS, dtype)
     for looks, heads, kv_heads, own in (
         (len(config.layers), config.queries, shape.kv_heads, False),
         (config.depth, config.num_heads, config.kv_heads, True),
@@ -405,7 +407,7 @@ def _network(shape: Shape, network: Network, batch: int, scored: int, context: f
             continue
         attention = width * config.head_dim * (2 * heads + (2 * kv_heads if own else 0))
         matrices = looks * (attention + 2 * width * config.mlp)
-        yield Work("network", matrices * size, 2 * rows * matrices, looks * (_LAYER_KERNELS - 2), dtype)
+        yield Work("network", matrices * size, 2 * rows * matrices, looks * _NETWORK_LAYER_KERNELS, dtype)
         kv_width = 2 * kv_heads * config.head_dim
         # A reader looks at whole layers of the base; the share that is windowed is spread evenly over them.
         seen = looks * (context if own else shape.seen(context) / shape.layers)
