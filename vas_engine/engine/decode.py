@@ -109,7 +109,8 @@ class DecodeGraphs:
         spare_block: int,
     ) -> None:
         self.lm, self.guide, self.graphs = lm, guide, graphs
-        self.max_blocks, self.block_size, self.spare_block = max_blocks, block_size, spare_block
+        self.block_size, self.spare_block = block_size, spare_block
+        self.tables = _Tables(bucket(max_num_seqs), max_blocks, spare_block, lm.device)
         self._decodes: dict[Any, _DecodeStep] = {}
         self._forwards: dict[Any, _ForwardStep] = {}
         self.tokens = torch.zeros(bucket(max_num_seqs), dtype=torch.int64, device=lm.device)
@@ -205,6 +206,43 @@ def decodes(work: Work) -> bool:
     return work.count == 1 and work.completes and not work.is_candidates
 
 
+class _Tables:
+    """Block tables of a step's sequences, one row each, that all steps share. They are long and seldom change.
+
+    Attributes:
+        device: int32 [rows, blocks].
+    """
+
+    def __init__(self, rows: int, blocks: int, spare_block: int, device: torch.device) -> None:
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tables": ((rows, blocks), torch.int32)}
+        self._exchange, self._spare_block = Exchange(fields, device), spare_block
+        self.device = self._exchange.device["tables"]
+        # Whose row it is, how often that one had been preempted, and how many of its blocks are there.
+        self._known: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * rows
+
+    def bring(self, sequences: Seq[Sequence], rows: int) -> None:
+        """Rows of the sequences, and of the spare block up to so many rows, to the device."""
+        host, known = self._exchange.host["tables"], self._known
+        news = []
+        for i, sequence in enumerate(sequences):
+            owner, preemptions, blocks = known[i]
+            # Tables only grow, unless their sequence was preempted.
+            if owner is not sequence or preemptions != sequence.num_preemptions:
+                blocks = 0
+            if blocks < len(sequence.block_table):
+                news.append((i, blocks, sequence.block_table))
+                known[i] = sequence, sequence.num_preemptions, len(sequence.block_table)
+        for i in range(len(sequences), rows):
+            if known[i] != (None, 0, 1):
+                news.append((i, 0, [self._spare_block]))
+                known[i] = None, 0, 1
+        if news:
+            self._exchange.wait()
+            for i, start, table in news:
+                host[i, start : len(table)] = table[start:]
+            self._exchange.send(host[:rows].nbytes)
+
+
 class _Step(ABC):
     """A step of up to `size` sequences over tensors of its own."""
 
@@ -217,11 +255,9 @@ class _Step(ABC):
             "positions": ((size,), i64),
             "slots": ((size,), i64),
             "prefix_lens": ((size,), i32),
-            "tables": ((size, owner.max_blocks), i32),
         }
         self.inputs = Exchange(places | fields, device)
         self._offsets = torch.arange(size + 1, dtype=i32, device=device)
-        self._tabled: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * size
         self._replay: Callable[[], None] | None = None
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
@@ -232,19 +268,11 @@ class _Step(ABC):
             position = len(sequence.token_ids) - 1 + ahead
             host["tokens"][i], host["positions"][i] = sequence.token_ids[-1], position
             host["slots"][i] = slot(sequence, position, block_size)
-            table = sequence.block_table
-            # Tables only grow, unless their sequence was preempted.
-            owner, preemptions, known = self._tabled[i]
-            if owner is not sequence or preemptions != sequence.num_preemptions:
-                known = 0
-            host["tables"][i, known : len(table)] = table[known:]
-            self._tabled[i] = sequence, sequence.num_preemptions, len(table)
+        self.owner.tables.bring(sequences, self.size)
         host["prefix_lens"][:count] = host["positions"][:count] + 1
         host["tokens"][count:] = host["positions"][count:] = 0
         host["prefix_lens"][count:] = 1
-        host["tables"][count:, 0] = self.owner.spare_block
         host["slots"][count:] = self.owner.spare_block * block_size
-        self._tabled[count:] = [(None, 0, 0)] * (self.size - count)
 
     def _execute(self) -> None:
         self.inputs.send()
@@ -258,10 +286,10 @@ class _Step(ABC):
         """What a graph holds."""
 
     def _forward(self, token_ids: torch.Tensor) -> ForwardOutput:
-        given = self.inputs.device
+        given, tables = self.inputs.device, self.owner.tables.device[: self.size]
         # Everything that a batch works out from its numbers must be worked out here, each time.
         batch = AttentionBatch(
-            given["tables"], self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
+            tables, self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
         )
         return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)
 
@@ -384,7 +412,7 @@ class _DecodeStep(_Step):
             self.owner.tokens[: self.size] = winners.token_id.clamp(min=0)
             self._result = Packed([*results, *vars(winners).values()])
             return
-        tilt = torch.zeros_like(selection.log_probs)
+        tables, tilt = self.owner.tables.device[: self.size], torch.zeros_like(selection.log_probs)
         row = torch.arange(self.rows, device=tilt.device)
         scored = []
         for index, network in enumerate(self.networks):
@@ -399,7 +427,7 @@ class _DecodeStep(_Step):
             groups = offsets.to(torch.int32)
             laid = torch.cat([groups[:-1], groups.new_full((1,), self.rows)])
             batch = AttentionBatch(
-                given["tables"], laid, positions.to(torch.int32), torch.full_like(row, -1), positions, unslotted=True
+                tables, laid, positions.to(torch.int32), torch.full_like(row, -1), positions, unslotted=True
             )
             source = concatenate(forward.hidden, network.scorer.states) if network.reads_before else None
             features = network.scorer.features(token_ids, source, None if source is None else owner, batch)

@@ -73,9 +73,9 @@ class Exchange:
         self.host = {name: view.numpy() for name, view in zip(fields, layout.views(self._source), strict=True)}
         self.device = dict(zip(fields, layout.views(self._target), strict=True))
 
-    def send(self) -> None:
-        """What the host has written, to the device; not waited for."""
-        self._target.copy_(self._source, non_blocking=True)
+    def send(self, num_bytes: int | None = None) -> None:
+        """What the host has written, or its first bytes, to the device; not waited for."""
+        self._target[:num_bytes].copy_(self._source[:num_bytes], non_blocking=True)
         if self._target.device.type == "cuda":
             self._sent = torch.cuda.current_stream(self._target.device).record_event()
 
