@@ -16,8 +16,9 @@ import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel i
 from tests.engine.conftest import distributional, drain, engine, llama, network, tokens
 from tests.engine.recorder import RecordedGraphs
 from vas_engine.engine import engine as engine_module
-from vas_engine.engine.decode import bucket
+from vas_engine.engine.decode import BlockTables, bucket
 from vas_engine.engine.event import TokenEvent
+from vas_engine.engine.sequence import Sequence
 from vas_engine.model import CausalLM
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
@@ -281,6 +282,25 @@ def test_graphs_captured_beforehand_serve(lm, networks) -> None:
         results.append(events)
     assert_same(results[1], results[0])
     assert len(running.graphs) == known == 6 * 9  # plain, four networks, all of them; nine sizes
+
+
+def test_tables_follow_their_sequences() -> None:
+    """Those that grow, change places, or come back with other blocks after a preemption."""
+    tables = BlockTables(4, 6, torch.device("cpu"))
+    a, b, c = (Sequence(name, 1, [1], block_table=blocks) for name, blocks in (("a", [3]), ("b", [5, 1]), ("c", [7])))
+
+    def shown(*sequences: Sequence) -> None:
+        tables.bring(sequences)
+        for row, sequence in enumerate(sequences):
+            assert tables.device[row, : len(sequence.block_table)].tolist() == sequence.block_table
+
+    shown(a, b)
+    b.block_table.append(4)
+    shown(a, b)
+    shown(b, c, a)
+    shown(c)
+    c.block_table, c.num_preemptions = [2], 1
+    shown(c, b, a)
 
 
 def test_buckets() -> None:

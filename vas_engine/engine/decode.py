@@ -110,7 +110,7 @@ class DecodeGraphs:
     ) -> None:
         self.lm, self.guide, self.graphs = lm, guide, graphs
         self.block_size, self.spare_block = block_size, spare_block
-        self.tables = _Tables(bucket(max_num_seqs), max_blocks, spare_block, lm.device)
+        self.tables = BlockTables(bucket(max_num_seqs), max_blocks, lm.device)
         self._decodes: dict[Any, _DecodeStep] = {}
         self._forwards: dict[Any, _ForwardStep] = {}
         self.tokens = torch.zeros(bucket(max_num_seqs), dtype=torch.int64, device=lm.device)
@@ -206,22 +206,22 @@ def decodes(work: Work) -> bool:
     return work.count == 1 and work.completes and not work.is_candidates
 
 
-class _Tables:
+class BlockTables:
     """Block tables of a step's sequences, one row each, that all steps share. They are long and seldom change.
 
     Attributes:
-        device: int32 [rows, blocks].
+        device: int32 [rows, blocks]; behind the sequences' rows, and behind their blocks, blocks of former ones.
     """
 
-    def __init__(self, rows: int, blocks: int, spare_block: int, device: torch.device) -> None:
+    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"tables": ((rows, blocks), torch.int32)}
-        self._exchange, self._spare_block = Exchange(fields, device), spare_block
+        self._exchange = Exchange(fields, device)
         self.device = self._exchange.device["tables"]
         # Whose row it is, how often that one had been preempted, and how many of its blocks are there.
         self._known: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * rows
 
-    def bring(self, sequences: Seq[Sequence], rows: int) -> None:
-        """Rows of the sequences, and of the spare block up to so many rows, to the device."""
+    def bring(self, sequences: Seq[Sequence]) -> None:
+        """Their tables to the device, as far as they are not there."""
         host, known = self._exchange.host["tables"], self._known
         news = []
         for i, sequence in enumerate(sequences):
@@ -232,15 +232,11 @@ class _Tables:
             if blocks < len(sequence.block_table):
                 news.append((i, blocks, sequence.block_table))
                 known[i] = sequence, sequence.num_preemptions, len(sequence.block_table)
-        for i in range(len(sequences), rows):
-            if known[i] != (None, 0, 1):
-                news.append((i, 0, [self._spare_block]))
-                known[i] = None, 0, 1
         if news:
             self._exchange.wait()
             for i, start, table in news:
                 host[i, start : len(table)] = table[start:]
-            self._exchange.send(host[:rows].nbytes)
+            self._exchange.send(host[: len(sequences)].nbytes)
 
 
 class _Step(ABC):
@@ -268,7 +264,7 @@ class _Step(ABC):
             position = len(sequence.token_ids) - 1 + ahead
             host["tokens"][i], host["positions"][i] = sequence.token_ids[-1], position
             host["slots"][i] = slot(sequence, position, block_size)
-        self.owner.tables.bring(sequences, self.size)
+        self.owner.tables.bring(sequences)
         host["prefix_lens"][:count] = host["positions"][:count] + 1
         host["tokens"][count:] = host["positions"][count:] = 0
         host["prefix_lens"][count:] = 1
