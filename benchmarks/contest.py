@@ -27,7 +27,7 @@ from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
 POLICIES = (("dpo", 0.1), ("rloo", 0.02), ("rloo", 0.005), ("grpo", 0.02), ("grpo", 0.005))
 NAME = "vader-pos-neg"
 # In standard deviations of the reward, for the values; the rivals' own scales are theirs.
-WEIGHTS = (1, 2, 3.5, 5, 7, 10)
+WEIGHTS = (1, 2, 3.5, 5, 7, 10, 12)
 
 
 def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
