@@ -24,7 +24,7 @@ from benchmarks.record import circumstances, write
 from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
 
 # Method and the weight β of the divergence.
-POLICIES = (("dpo", 0.1), ("rloo", 0.02), ("rloo", 0.005), ("grpo", 0.02), ("grpo", 0.005))
+POLICIES = (("dpo", 1.0), ("dpo", 0.1), ("rloo", 0.1), ("rloo", 0.02), ("grpo", 0.3), ("grpo", 0.02))
 NAME = "vader-pos-neg"
 # In standard deviations of the reward, for the values; the rivals' own scales are theirs.
 WEIGHTS = (1, 2, 3.5, 5, 7, 10, 12)
