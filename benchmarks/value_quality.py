@@ -2,10 +2,12 @@
 
     python -m benchmarks.value_quality MODEL --out runs/quality --json benchmarks/results/value_quality.json
     python -m benchmarks.value_quality MODEL --out runs/try --rollouts 2048 --responses 8      does it run at all?
+    python -m benchmarks.value_quality MODEL --reward "mood=hf:runs/sentiment#positive" --out runs/mood
 
-Reward: VADER's positive less negative share of 96 generated tokens, eight openings. Every run is judged three ways:
-R² on held-out rollouts; the efficiency of its advantages there, which needs no decoding; and decoded rewards against
-exact KL at a few weights. What is finished in the folder is not done again, so the command may be stopped and repeated.
+Reward: VADER's positive less negative share of 96 generated tokens, or another one; eight openings. Every run is judged
+three ways: R² on held-out rollouts; the efficiency of its advantages on rollouts that no run of the study learns from,
+which needs no decoding; and decoded rewards against exact KL at a few weights. What is finished in the folder is not
+done again, so the command may be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ from vas_engine import LLM, SamplingParams
 from vas_engine.evaluation.best_of_n import best_of_n
 from vas_engine.evaluation.measure import measure
 from vas_engine.evaluation.optimum import Optimum
+from vas_engine.training.advantages import Advantages, Candidates
+from vas_engine.training.base import FrozenBase
+from vas_engine.training.batches import make_batch, split
 from vas_engine.training.collect import CollectConfig, collect
-from vas_engine.training.fit import FitConfig, fit, head_for
+from vas_engine.training.fit import SUPPORT_BINS, FitConfig, fit, head_for
 from vas_engine.training.network import make_network
 from vas_engine.training.report import save_report
 from vas_engine.training.rewards import RewardProcess, load_reward
@@ -53,6 +58,9 @@ CANDIDATES = 20
 # Weights in standard deviations of the reward: from a third of best-of-16's gain to beyond best-of-128's.
 STRENGTHS = (2.0, 4.0, 6.5)
 BASELINES = (4, 16, 64, 128)
+SIZES = (2_048, 8_192, 32_768, 65_536)
+# Responses that advantages are judged on, six times those of a training report: the error is 0.05 or so.
+JUDGED, JUDGED_AT_ONCE = 3_072, 32
 
 
 # What the study arrived at for a whole model; the others change one thing each.
@@ -65,9 +73,10 @@ class Run:
 
     Attributes:
         samples: rollouts, held-out ones included. settings: of FitConfig, beside the recipe's. sizes: of the network.
-        head: "plain", "two-hot" or "hl-gauss".
+        head: "plain", "two-hot" or "hl-gauss". bins: atoms of a distribution.
         partial: whether the rewards of beginnings are used.
         teacher: name of the run that it is distilled from.
+        decoded: whether it is decoded.
     """
 
     name: str
@@ -76,15 +85,17 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
     head: str = "plain"
+    bins: int = SUPPORT_BINS
     partial: bool = True
     teacher: str | None = None
+    decoded: bool = True
 
 
 def plan(most: int) -> list[Run]:
     """What is compared, on at most so many rollouts."""
     usual = min(most, 32_768)
     best = Run(f"model, {most}", "model", most)
-    runs = [best] + [Run(f"model, {size}", "model", size) for size in (2_048, 8_192, 32_768) if size < most]
+    runs = [best] + [Run(f"model, {size}", "model", size) for size in SIZES if size < most]
     for kind, sizes in (("reader", {}), ("side", {}), ("side", {"width": 96, "depth": 4})):
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
         # A teacher's 20 candidates at each of four states are as many rows again as the response has.
@@ -97,13 +108,44 @@ def plan(most: int) -> list[Run]:
         "no increments": {"increments": 0.0},
         "λ 0.5": {"lam": 0.5},
         "λ 0.95": {"lam": 0.95},
+        "consistency 150": {"consistency": 150.0},
+        "2 passes": {"epochs": 2},
+        "small batches": {"batch_tokens": 2_048},
+        "learning rate 1.3e-3": {"lr": 1.3e-3},
     }
     runs += [Run(f"model, {usual}, {name}", "model", usual, settings) for name, settings in changes.items()]
     whole = {"no partial rewards, λ 1": {"consistency": 0.0}, "no partial rewards, λ 0.9": {"lam": 0.9}}
     runs += [Run(f"model, {usual}, {name}", "model", usual, s, partial=False) for name, s in whole.items()]
     # Distributions are learnt from whole rewards, with which strong consistency does harm.
     alone = {"consistency": 0.0}
-    return runs + [Run(f"model, {usual}, {head}", "model", usual, alone, head=head) for head in ("two-hot", "hl-gauss")]
+    runs += [Run(f"model, {usual}, {head}", "model", usual, alone, head=head) for head in ("two-hot", "hl-gauss")]
+    # How strong should it be where responses are few? Smaller batches, as more steps help there.
+    small = {"batch_tokens": 2_048, "ema": 0.99}
+    runs += [
+        Run(
+            f"model, {size}, consistency {strength}, {epochs} small",
+            "model",
+            size,
+            small | {"consistency": float(strength), "epochs": epochs},
+            decoded=False,
+        )
+        for size in SIZES[:2]
+        for epochs in (1, 4)
+        for strength in (0, 5, 15, 50, 150)
+    ]
+    # For a reward of yes or no.
+    return [*runs, Run(f"model, {usual}, two atoms", "model", usual, head="two-hot", bins=2)]
+
+
+def unseen(rollouts: Rollouts, own: Sequence[int]) -> list[int]:
+    """Places of the rollouts from which neither a value fitted to its ``own`` has learnt nor one fitted to all; the
+    last responses to each prompt come last."""
+    config = FitConfig()
+    held = set(split(rollouts, config.holdout, config.holdout_by, config.seed)[1])
+    if len(own) < len(rollouts):
+        held -= set(own)
+    # Rollouts lie prompt by prompt.
+    return sorted(held, key=lambda index: index % (len(rollouts) // len(OPENINGS)))
 
 
 def value_folder(study: Path, name: str) -> Path:
@@ -114,16 +156,18 @@ def value_folder(study: Path, name: str) -> Path:
 class Study:
     """Rollouts, trained values and measurements in one folder."""
 
-    def __init__(self, model: str, folder: Path, samples: int, responses: int) -> None:
-        self.model, self.folder, self.responses = model, folder, responses
+    def __init__(
+        self, model: str, folder: Path, samples: int, responses: int, reward: str, strengths: Sequence[float]
+    ) -> None:
+        self.model, self.folder, self.responses, self.strengths = model, folder, responses, strengths
         self.llm = LLM(model, max_num_seqs=512)
-        self.lm, self.reward = self.llm.lm, load_reward(REWARD)
+        self.lm, self.reward = self.llm.lm, load_reward(reward)
         start, before = time.monotonic(), (folder / "rollouts").exists()
         per_prompt = -(-samples // len(OPENINGS))
         config = CollectConfig(
             samples=per_prompt, max_tokens=MAX_TOKENS, shard_rows=4096, partial_rewards=PARTIAL_REWARDS
         )
-        with RewardProcess([REWARD]) as process:
+        with RewardProcess([reward]) as process:
             self.rollouts = collect(self.llm, OPENINGS, process.rewards, folder / "rollouts", config)
         self.collect_seconds = None if before else time.monotonic() - start
         rewards = self.rollouts.rewards([self.reward.name])[:, 0]
@@ -134,9 +178,14 @@ class Study:
 
     def part(self, samples: int) -> Rollouts:
         """So many rollouts, evenly from all prompts."""
+        return self._chosen(self._places(samples))
+
+    def _places(self, samples: int) -> list[int]:
         step = len(self.rollouts) / samples
-        chosen = [self.rollouts.rollouts[int(index * step)] for index in range(samples)]
-        return dataclasses.replace(self.rollouts, rollouts=chosen)
+        return [int(index * step) for index in range(samples)]
+
+    def _chosen(self, places: Sequence[int]) -> Rollouts:
+        return dataclasses.replace(self.rollouts, rollouts=[self.rollouts.rollouts[place] for place in places])
 
     def base(self) -> dict[str, Any]:
         """The base and best-of-n."""
@@ -153,7 +202,20 @@ class Study:
         place = value_folder(self.folder, run.name)
         done = place / "study.json"
         if done.exists():
-            return json.loads(done.read_text(encoding="utf-8"))
+            line = json.loads(done.read_text(encoding="utf-8"))
+        else:
+            line = self._train(run, place)
+            write(done, line)
+        if "advantages" not in line:
+            line["advantages"] = self._judge(place, run.samples)
+            write(done, line)
+        if run.decoded and not line["points"]:
+            tilts = ("mean", "optimal") if run.head != "plain" else ("mean",)
+            line["points"] = [self._decode(place, weight, tilt) for tilt in tilts for weight in self.strengths]
+            write(done, line)
+        return line
+
+    def _train(self, run: Run, place: Path) -> dict[str, Any]:
         rollouts = self.part(run.samples)
         if not run.partial:
             header = rollouts.header
@@ -161,24 +223,34 @@ class Study:
             rollouts = dataclasses.replace(rollouts, header=header)
         settings = RECIPE | run.settings | ({"loss": run.head} if run.head != "plain" else {})
         config = FitConfig(**settings)
-        distributional = run.head != "plain"
-        head = head_for(rollouts, self.reward.name, distributional=distributional, sigma=config.spread)
+        head = head_for(
+            rollouts, self.reward.name, distributional=run.head != "plain", bins=run.bins, sigma=config.spread
+        )
         backbone = self.model if run.kind == "model" else None
         network = make_network(self.lm, run.kind, [head], tokenizer=self.llm.tokenizer, backbone=backbone, **run.sizes)
         teacher = load_value(value_folder(self.folder, run.teacher), self.lm) if run.teacher else None
         report = fit(self.lm, network, rollouts, config, teacher=teacher)
         save_value(place, network)
         save_report(place, report)
-        tilts = ("mean", "optimal") if distributional else ("mean",)
-        line = {
-            "run": asdict(run),
-            "training": report.to_dict(),
-            "points": [self._decode(place, head.name, strength, tilt) for tilt in tilts for strength in STRENGTHS],
-        }
-        write(done, line)
-        return line
+        return {"run": asdict(run), "training": report.to_dict(), "points": []}
 
-    def _decode(self, place: Path, head: str, strength: float, tilt: str) -> dict[str, Any]:
+    def _judge(self, place: Path, samples: int) -> dict[str, Any]:
+        """The advantages of a value, on rollouts that it has not seen."""
+        rollouts = self._chosen(unseen(self.rollouts, self._places(samples))[-JUDGED:])
+        rewards = rollouts.rewards([self.reward.name])
+        network = load_value(place, self.lm)
+        base, found = FrozenBase(self.lm, [network]), Advantages(rollouts, rewards)
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, len(rollouts), JUDGED_AT_ONCE):
+            indices = list(range(start, min(start + JUDGED_AT_ONCE, len(rollouts))))
+            batch = make_batch(rollouts, indices, rewards, self.lm.device)
+            base.take(batch)
+            found.add(base, network, batch, Candidates.find(base, batch, generator))
+        [report] = found.reports()
+        assert report is not None
+        return asdict(report)
+
+    def _decode(self, place: Path, strength: float, tilt: str) -> dict[str, Any]:
         llm = LLM(self.model, values={"value": place}, max_num_seqs=256)
         weight = strength / self.spread
         params = SamplingParams(max_tokens=MAX_TOKENS, values={"value": weight}, num_candidates=CANDIDATES, tilt=tilt)
@@ -196,7 +268,7 @@ class Study:
         }
 
 
-def draw(path: Path, base: dict[str, Any], lines: Sequence[dict[str, Any]], optimum: Optimum) -> None:
+def draw(path: Path, record: dict[str, Any], optimum: Optimum) -> None:
     """Reward against KL of every run, under the optimum's curve."""
     import matplotlib
 
@@ -205,16 +277,18 @@ def draw(path: Path, base: dict[str, Any], lines: Sequence[dict[str, Any]], opti
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
     axes.plot(*optimum.curve(), color="black", label="optimum")
-    for line in lines:
-        points = [point for point in line["points"] if point["tilt"] == "mean"]
-        kl, rewards = [p["kl"]["mean"] for p in points], [p["reward"]["mean"] for p in points]
-        axes.plot(kl, rewards, marker="o", markersize=3, linewidth=1, label=line["run"]["name"])
-    for name, found in base.items():
+    for line in record["runs"]:
+        for tilt in dict.fromkeys(point["tilt"] for point in line["points"]):
+            points = [point for point in line["points"] if point["tilt"] == tilt]
+            kl, rewards = [p["kl"]["mean"] for p in points], [p["reward"]["mean"] for p in points]
+            label = line["run"]["name"] + (", optimal tilt" if tilt == "optimal" else "")
+            axes.plot(kl, rewards, marker="o", markersize=3, linewidth=1, label=label)
+    for name, found in record["base"].items():
         if name.startswith("best of"):
             axes.axhline(found["reward"]["mean"], color="grey", linewidth=0.5)
             axes.text(0, found["reward"]["mean"], f" {name}", fontsize=7, color="grey")
     axes.set_xscale("symlog", linthresh=1.0)
-    axes.set(xlabel="KL to the base, nats per response", ylabel=f"reward ({REWARD})")
+    axes.set(xlabel="KL to the base, nats per response", ylabel=f"reward ({record['reward']})")
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
@@ -231,8 +305,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="the base model")
     parser.add_argument("--out", type=Path, required=True, help="folder of rollouts and values")
+    parser.add_argument("--reward", default=REWARD, metavar="SPEC", help=f"as `vas collect` takes it ({REWARD})")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs, in this order")
     parser.add_argument("--responses", type=int, default=64, help="decoded for each opening and weight (64)")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=STRENGTHS, metavar="W", help="weights, in deviations"
+    )
     parser.add_argument("--rollouts", type=int, default=131_072, metavar="N", help="at most so many (131072)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, and a plot beside")
     options = parser.parse_args(argv)
@@ -243,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"--only: no run {unknown[0]!r}; there are: {'; '.join(known)}")
         runs = [known[name] for name in options.only]
-    study = Study(options.model, options.out, options.rollouts, options.responses)
+    study = Study(options.model, options.out, options.rollouts, options.responses, options.reward, options.strengths)
     base = study.base()
     print(f"{'run':<36}{'R²':>6}{'adv.':>6}{'drift':>7}   reward at KL (efficiency)")
     lines = []
@@ -251,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = study.run(run)
         lines.append(line)
         [head] = line["training"]["heads"].values()
-        advantages = head["advantages"]
+        advantages = line["advantages"]
         points = "  ".join(
             f"{p['reward']['mean']:.3f} at {p['kl']['mean']:.2f} ({p['efficiency']:.2f})" for p in line["points"]
         )
@@ -261,10 +339,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.json:
-        record = {"circumstances": circumstances(), "model": Path(options.model).name, "reward": REWARD}
+        record = {"circumstances": circumstances(), "model": Path(options.model).name, "reward": options.reward}
         record |= {"collect_seconds": study.collect_seconds, "base": base, "runs": lines}
         write(options.json, record)
-        draw(options.json.with_suffix(".svg"), base, lines, study.optimum)
+        draw(options.json.with_suffix(".svg"), record, study.optimum)
     return 0
 
 

@@ -59,11 +59,20 @@ def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
     assert report.heads["points"].r_squared_last_quarter > 0.9
 
 
-@pytest.mark.parametrize("settings", [{}, {"increments": 0.0, "lam": 0.0}, {"consistency": 3.0}])
-def test_a_critic_that_knows_the_rewards_of_beginnings_leads_to_the_exact_values(lm, solution, settings):
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [
+        ({}, {}),
+        ({}, {"increments": 0.0, "lam": 0.0}),
+        ({}, {"consistency": 3.0}),
+        # Of two atoms the mean is the whole distribution.
+        ({"distributional": True, "bins": 2}, {"consistency": 3.0}),
+    ],
+)
+def test_a_critic_that_knows_the_rewards_of_beginnings_leads_to_the_exact_values(lm, solution, head, settings):
     parts = sample(lm, solution, 1500, every=1)
     # Increments outweigh the level, which takes more steps to find.
-    network, report = train(lm, parts, **{"batch_tokens": 256, "lr": 2e-3, **settings})
+    network, report = train(lm, parts, head=head, **{"batch_tokens": 256, "lr": 2e-3, **settings})
     assert report.settings["critic"]
     assert unexplained(lm, network, solution) < 0.1
     # The critic's weights are no part of the value.

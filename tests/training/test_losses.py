@@ -151,12 +151,8 @@ def test_settings_are_checked(settings, said):
 
 
 def test_consistency_is_the_squared_step_to_a_next_state_taken_as_given():
-    made = Heads(
-        ValueConfig(kind="lookahead", heads=(HeadConfig("v", std=2.0),), hidden_size=4, vocab_size=9, states=(1,)), 4
-    )
-    output = torch.tensor([[[1.0], [3.0], [4.0], [9.0]]], requires_grad=True)
-    losses = consistency_loss(made, output, torch.tensor([2]), gamma=0.5)
-    # V = 2 raw, in units of std 2: the raw outputs themselves.
+    values = torch.tensor([[[1.0], [3.0], [4.0], [9.0]]], requires_grad=True)
+    losses = consistency_loss(values, torch.tensor([2]), gamma=0.5)
     assert losses[0, :, 0].tolist() == [0.5 * (1 - 1.5) ** 2, 0.5 * (3 - 2) ** 2, 0.0, 0.0]
     losses.sum().backward()
-    assert output.grad[0, :, 0].tolist() == [1 - 1.5, 3 - 2, 0.0, 0.0]
+    assert values.grad[0, :, 0].tolist() == [1 - 1.5, 3 - 2, 0.0, 0.0]

@@ -89,7 +89,8 @@ class Critic(nn.Module):
         """Judge a batch.
 
         Args:
-            heads: scalar ones. output: [B, T, O] float32 of all states; features: [B, T, width], what it was made of.
+            heads: scalar ones, or of two atoms.
+            output: [B, T, O] float32 of all states. features: [B, T, width], what it was made of.
             lam: λ from one partial reward to the next. gamma: discount per token.
         """
         partial = self.partial[list(batch.indices)].to(output.device)

@@ -60,8 +60,8 @@ def value_loss(
     return torch.stack(columns, -1)
 
 
-def consistency_loss(heads: Any, output: torch.Tensor, last: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Half the squared step from each state to the next, ½ ((V_t − γ V_{t+1}) / scale)², V_{t+1} taken as given.
+def consistency_loss(values: torch.Tensor, last: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Half the squared step from each state to the next, ½ (V_t − γ V_{t+1})², V_{t+1} taken as given.
 
     What a token was worth is often seen some tokens late. V is right on average all the same and its R² hardly tells,
     but credit that comes late comes to all candidates of a state alike, and steers nothing. Under the base model V is a
@@ -69,13 +69,12 @@ def consistency_loss(heads: Any, output: torch.Tensor, last: torch.Tensor, gamma
     that keep V where it belongs.
 
     Args:
-        heads: the network's heads. output: float32 [B, T, O], with autograd.
+        values: float32 [B, T, M], with autograd.
         last: int64 [B], where each episode ends; the state there has no next.
 
     Returns:
-        float32 [B, T, M] in units of each head's scale, 0 from ``last`` on.
+        float32 [B, T, M] in squares of the values' unit, 0 from ``last`` on.
     """
-    values = heads.mean(output) / output.new_tensor([abs(head.scale) for head in heads.configs])
     steps = values - gamma * torch.cat([values[:, 1:], values[:, -1:]], 1).detach()
-    places = torch.arange(output.shape[1], device=output.device)
+    places = torch.arange(values.shape[1], device=values.device)
     return 0.5 * steps.square() * (places < last[:, None])[..., None]

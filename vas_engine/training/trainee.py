@@ -46,8 +46,9 @@ class Trainee:
         self.heads = network.heads
         names = [head.reward or head.name for head in network.config.heads]
         self.rewards = rollouts.rewards(names)
-        # What W says is a mean; a distribution is learnt from whole rewards.
-        partial = bool(rollouts.header.part_tokens) and not any(self.heads.distributional)
+        # What W says is a mean; a distribution that this does not tell is learnt from whole rewards.
+        means = all(head.support is None or head.support.bins == 2 for head in network.config.heads)
+        partial = bool(rollouts.header.part_tokens) and means
         self.config = config.for_rollouts(partial)
         assert self.config.lam is not None
         self.lam = self.config.lam
@@ -57,6 +58,9 @@ class Trainee:
         self.critic: Critic | None = None
         if self._learns_returns and partial and (self.lam != 1.0 or self.config.increments > 0):
             self.critic = Critic(network, rollouts, names, config.seed)
+        # Of the returns' errors.
+        scales = torch.tensor([head.scale for head in network.config.heads], device=base.device)
+        self.unit = scales if self.critic is None else self.critic.std
         self.weights: dict[str, torch.nn.Parameter] = {}
         self.adapters: Adapters | None = None
         self.average: Average | None = None
@@ -142,7 +146,8 @@ class Trainee:
             found = self.critic.losses(heads, states, features, batch, self._critic_lam(), config.gamma)
             losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
         if strength := self._consistency():
-            losses = losses + strength * batch.mean(consistency_loss(heads, states, batch.last, config.gamma))
+            values = heads.mean(states) / self.unit
+            losses = losses + strength * batch.mean(consistency_loss(values, batch.last, config.gamma))
         return losses
 
     def _consistency(self) -> float:
