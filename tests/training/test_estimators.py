@@ -62,8 +62,8 @@ def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
 @pytest.mark.parametrize(
     ("head", "settings"),
     [
-        ({}, {}),
-        ({}, {"increments": 0.0, "lam": 0.0}),
+        ({}, {"consistency": 0.0}),
+        ({}, {"consistency": 0.0, "increments": 0.0, "lam": 0.0}),
         ({}, {"consistency": 3.0}),
         # Of two atoms the mean is the whole distribution.
         ({"distributional": True, "bins": 2}, {"consistency": 3.0}),
@@ -97,7 +97,7 @@ def test_beginnings_teach_where_rewards_are_few(lm, solution):
     for seed in range(3):
         few = sample(lm, solution, 300, seed, every=1)
         silent = few.__class__(replace(few.header, settings={}), few.rollouts)
-        told, _ = train(lm, few, batch_tokens=256, lam=0.5, increments=1.0)
+        told, _ = train(lm, few, batch_tokens=256, lam=0.5, increments=1.0, consistency=0.0)
         alone, _ = train(lm, silent, batch_tokens=256)
         found += torch.tensor([unexplained(lm, network, solution) for network in (told, alone)])
     assert found[0] < 0.85 * found[1]

@@ -150,6 +150,17 @@ def test_settings_are_checked(settings, said):
         FitConfig(**settings)
 
 
+def test_consistency_is_on_where_a_critic_is():
+    for settings, partial, expected in (
+        ({}, True, 50.0),
+        ({}, False, 0.0),
+        ({"lam": 1.0, "increments": 0.0}, True, 0.0),
+        ({"consistency": 3.0}, True, 3.0),
+        ({"consistency": 3.0}, False, 3.0),
+    ):
+        assert FitConfig(**settings).for_rollouts(partial).consistency == expected
+
+
 def test_consistency_is_the_squared_step_to_a_next_state_taken_as_given():
     values = torch.tensor([[[1.0], [3.0], [4.0], [9.0]]], requires_grad=True)
     losses = consistency_loss(values, torch.tensor([2]), gamma=0.5)

@@ -12,8 +12,7 @@ from typing import Any
 EXAMPLES = """examples:
   vas train MODEL --rollouts runs/mood --kind reader --out values/mood
   vas train MODEL --rollouts runs/two --kind side --reward length --width 64 --out values/length
-  vas train MODEL --rollouts runs/strong --kind model --backbone MODEL --consistency 50 --ema 0.998 --epochs 1 \\
-      --batch-tokens 8192 --out values/strong
+  vas train MODEL --rollouts runs/strong --kind model --backbone MODEL --epochs 1 --ema 0.998 --out values/strong
   vas train MODEL --rollouts runs/mood --kind reader --kind side --teacher values/strong --out values/taught
   vas train MODEL --rollouts runs/mood --distributional --loss hl-gauss --lam 0.95 --out values/spread
 
@@ -58,7 +57,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         ("weight-decay", float, "of matrices"),
         ("lam", float, "λ of TD(λ); 1 is Monte Carlo (default: 0.8 with partial rewards, else 1)"),
         ("gamma", float, "discount per token"),
-        ("consistency", float, "weight of the one-step consistency of V, such as 30 (default 0)"),
+        ("consistency", float, "weight of the one-step consistency of V (default: 50 with partial rewards, else 0)"),
         ("increments", float, "weight of V's steps between partial rewards (default 10)"),
         ("loss", str, "of distributional heads: two-hot (default) or hl-gauss"),
         ("sigma", float, "of hl-gauss, in steps between atoms (default 0.75)"),

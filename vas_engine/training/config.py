@@ -10,7 +10,7 @@ from vas_engine.errors import InvalidArgumentError
 __all__ = ["LOSSES", "FitConfig"]
 
 LOSSES = ("two-hot", "hl-gauss")
-CRITIC_LAM = 0.8
+CRITIC_LAM, CRITIC_CONSISTENCY = 0.8, 50.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FitConfig:
         gamma: discount per token.
         consistency: weight of the one-step consistency of V beside the returns (see
             `vas_engine.training.loss.consistency_loss`), reached as the learning rate falls: large steps and a strong
-            bootstrap lead astray.
+            bootstrap lead astray. None: 50 with a critic, else 0.
         increments: weight of V's steps from one partial reward to the next, which are to be those of the critic.
         loss: of distributional heads: "two-hot", or "hl-gauss" with ``sigma`` in steps between atoms (Farebrother
             et al. 2024 found 0.75 to do well).
@@ -60,7 +60,7 @@ class FitConfig:
     warmup: float = 0.05
     lam: float | None = None
     gamma: float = 1.0
-    consistency: float = 0.0
+    consistency: float | None = None
     increments: float = 10.0
     loss: str = "two-hot"
     sigma: float = 0.75
@@ -90,7 +90,8 @@ class FitConfig:
             if getattr(self, name) is not None:
                 arguments.real(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "consistency", "increments"):
-            arguments.real(name, getattr(self, name), 0)
+            if getattr(self, name) is not None:
+                arguments.real(name, getattr(self, name), 0)
         arguments.choice("loss", self.loss, LOSSES)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InvalidArgumentError("ema", self.ema, "give a decay from 0 (none) to below 1, such as 0.99")
@@ -105,10 +106,13 @@ class FitConfig:
         return self.sigma if self.loss == "hl-gauss" else 0.0
 
     def for_rollouts(self, partial: bool) -> FitConfig:
-        """With the defaults that depend on whether rollouts have partial rewards worked out: `lam` and `ema`."""
+        """With the defaults that depend on whether rollouts have partial rewards worked out: `lam`, `ema` and
+        `consistency`."""
         lam = self.lam if self.lam is not None else (CRITIC_LAM if partial else 1.0)
         ema = self.ema if self.ema is not None else (0.99 if lam < 1 else 0.0)
-        return replace(self, lam=lam, ema=ema)
+        critic = partial and (lam < 1 or self.increments > 0)
+        consistency = self.consistency if self.consistency is not None else (CRITIC_CONSISTENCY if critic else 0.0)
+        return replace(self, lam=lam, ema=ema, consistency=consistency)
 
     @property
     def cache_bytes(self) -> int:

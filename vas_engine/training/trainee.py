@@ -153,6 +153,7 @@ class Trainee:
     def _consistency(self) -> float:
         """Weight of the consistency loss in the step to come: what the learning rate has fallen by since its peak."""
         fallen = self.steps >= self.config.warmup * self.total
+        assert self.config.consistency is not None
         return self.config.consistency * (1 - self._rate() / self.lr) if fallen else 0.0
 
     def _critic_lam(self) -> float:
