@@ -127,7 +127,7 @@ def plan(most: int) -> list[Run]:
             "model",
             size,
             small | {"consistency": float(strength), "epochs": epochs},
-            decoded=False,
+            decoded=(strength, epochs) == (50, 4),
         )
         for size in SIZES[:2]
         for epochs in (1, 4)
