@@ -76,7 +76,8 @@ class Run:
         head: "plain", "two-hot" or "hl-gauss". bins: atoms of a distribution.
         partial: whether the rewards of beginnings are used.
         teacher: name of the run that it is distilled from.
-        decoded: whether it is decoded.
+        candidates: so many of each step's tokens when it is decoded.
+        value: name of the run whose value it is, where nothing is trained.
     """
 
     name: str
@@ -88,7 +89,8 @@ class Run:
     bins: int = SUPPORT_BINS
     partial: bool = True
     teacher: str | None = None
-    decoded: bool = True
+    candidates: int = CANDIDATES
+    value: str | None = None
 
 
 def plan(most: int) -> list[Run]:
@@ -127,12 +129,12 @@ def plan(most: int) -> list[Run]:
             "model",
             size,
             small | {"consistency": float(strength), "epochs": epochs},
-            decoded=(strength, epochs) == (50, 4),
         )
         for size in SIZES[:2]
         for epochs in (1, 4)
         for strength in (0, 5, 15, 50, 150)
     ]
+    runs.append(Run(f"{best.name}, 64 candidates", "model", most, candidates=64, value=best.name))
     # For a reward of yes or no.
     return [*runs, Run(f"model, {usual}, two atoms", "model", usual, head="two-hot", bins=2)]
 
@@ -157,9 +159,17 @@ class Study:
     """Rollouts, trained values and measurements in one folder."""
 
     def __init__(
-        self, model: str, folder: Path, samples: int, responses: int, reward: str, strengths: Sequence[float]
+        self,
+        model: str,
+        folder: Path,
+        samples: int,
+        responses: int,
+        reward: str,
+        strengths: Sequence[float],
+        decoding: bool,
     ) -> None:
-        self.model, self.folder, self.responses, self.strengths = model, folder, responses, strengths
+        self.model, self.folder, self.responses = model, folder, responses
+        self.strengths, self.decoding = strengths, decoding
         self.llm = LLM(model, max_num_seqs=512)
         self.lm, self.reward = self.llm.lm, load_reward(reward)
         start, before = time.monotonic(), (folder / "rollouts").exists()
@@ -199,19 +209,23 @@ class Study:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, judge and decode; what an earlier call finished is read."""
-        place = value_folder(self.folder, run.name)
-        done = place / "study.json"
+        place = value_folder(self.folder, run.value or run.name)
+        done, source = value_folder(self.folder, run.name) / "study.json", place / "study.json"
         if done.exists():
             line = json.loads(done.read_text(encoding="utf-8"))
+        elif run.value is not None:
+            line = json.loads(source.read_text(encoding="utf-8")) | {"run": asdict(run), "points": []}
         else:
             line = self._train(run, place)
             write(done, line)
         if "advantages" not in line:
             line["advantages"] = self._judge(place, run.samples)
             write(done, line)
-        if run.decoded and not line["points"]:
+        if self.decoding and not line["points"]:
             tilts = ("mean", "optimal") if run.head != "plain" else ("mean",)
-            line["points"] = [self._decode(place, weight, tilt) for tilt in tilts for weight in self.strengths]
+            line["points"] = [
+                self._decode(place, strength, tilt, run.candidates) for tilt in tilts for strength in self.strengths
+            ]
             write(done, line)
         return line
 
@@ -250,10 +264,10 @@ class Study:
         assert report is not None
         return asdict(report)
 
-    def _decode(self, place: Path, strength: float, tilt: str) -> dict[str, Any]:
+    def _decode(self, place: Path, strength: float, tilt: str, candidates: int) -> dict[str, Any]:
         llm = LLM(self.model, values={"value": place}, max_num_seqs=256)
         weight = strength / self.spread
-        params = SamplingParams(max_tokens=MAX_TOKENS, values={"value": weight}, num_candidates=CANDIDATES, tilt=tilt)
+        params = SamplingParams(max_tokens=MAX_TOKENS, values={"value": weight}, num_candidates=candidates, tilt=tilt)
         found = measure(llm, OPENINGS, params, [self.reward], samples=self.responses, seed=7)
         reward, kl = found.rewards[self.reward.name], found.kl
         assert kl is not None
@@ -307,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of rollouts and values")
     parser.add_argument("--reward", default=REWARD, metavar="SPEC", help=f"as `vas collect` takes it ({REWARD})")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs, in this order")
+    parser.add_argument("--no-decoding", action="store_true", help="train and judge alone")
     parser.add_argument("--responses", type=int, default=64, help="decoded for each opening and weight (64)")
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=STRENGTHS, metavar="W", help="weights, in deviations"
@@ -321,7 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"--only: no run {unknown[0]!r}; there are: {'; '.join(known)}")
         runs = [known[name] for name in options.only]
-    study = Study(options.model, options.out, options.rollouts, options.responses, options.reward, options.strengths)
+    study = Study(
+        options.model,
+        options.out,
+        options.rollouts,
+        options.responses,
+        options.reward,
+        options.strengths,
+        not options.no_decoding,
+    )
     base = study.base()
     print(f"{'run':<36}{'R²':>6}{'adv.':>6}{'drift':>7}   reward at KL (efficiency)")
     lines = []

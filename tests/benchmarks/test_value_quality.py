@@ -15,7 +15,7 @@ def test_runs_have_names_and_folders_of_their_own_and_teachers_that_come_first(t
     runs = plan(131_072)
     assert len({value_folder(tmp_path, run.name) for run in runs}) == len(runs)
     names = [run.name for run in runs]
-    assert all(run.teacher in names[:place] for place, run in enumerate(runs) if run.teacher)
+    assert all({run.teacher, run.value} <= {*names[:place], None} for place, run in enumerate(runs))
     assert all(FitConfig(**RECIPE | run.settings) for run in runs)
     assert {run.samples for run in runs if run.kind == "model"} == {2_048, 8_192, 32_768, 65_536, 131_072}
 
