@@ -1,6 +1,7 @@
 """How good values get, and what that buys: data, λ, loss, kind and size of network, each with its KL efficiency.
 
     python -m benchmarks.value_quality MODEL --out runs/quality --json benchmarks/results/value_quality.json
+    python -m benchmarks.value_quality MODEL --out runs/quality --rollouts 131072              the whole day
     python -m benchmarks.value_quality MODEL --out runs/try --rollouts 2048 --responses 8      does it run at all?
     python -m benchmarks.value_quality MODEL --reward "mood=hf:runs/sentiment#positive" --out runs/mood
 
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=STRENGTHS, metavar="W", help="weights, in deviations"
     )
-    parser.add_argument("--rollouts", type=int, default=131_072, metavar="N", help="at most so many (131072)")
+    parser.add_argument("--rollouts", type=int, default=32_768, metavar="N", help="at most so many (32768)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well, and a plot beside")
     options = parser.parse_args(argv)
     runs = plan(options.rollouts)
