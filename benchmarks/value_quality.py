@@ -1,7 +1,7 @@
 """How good values get, and what that buys: data, λ, loss, kind and size of network, each with its KL efficiency.
 
     python -m benchmarks.value_quality MODEL --out runs/quality --json benchmarks/results/value_quality.json
-    python -m benchmarks.value_quality MODEL --out runs/quality --rollouts 131072              the whole day
+    python -m benchmarks.value_quality MODEL --out runs/quality --rollouts 131072              some hours
     python -m benchmarks.value_quality MODEL --out runs/try --rollouts 2048 --responses 8      does it run at all?
     python -m benchmarks.value_quality MODEL --reward "mood=hf:runs/sentiment#positive" --out runs/mood
 
