@@ -1,4 +1,4 @@
-"""Kernels by themselves on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, and attention
+"""Kernels by themselves on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, attention
 beside others', and a reader as one kernel beside its parts.
 
 python -m benchmarks.gpu_kernels

@@ -156,7 +156,9 @@ class DecodeGraphs:
             sizes = {(bucket(n), bucket(n * each)) for n in range(1, most + 1)}
             shapes += [(used, *size, width) for size in sorted(sizes, reverse=True)]  # the smaller share its memory
         for shape in show(shapes):
-            self._step(*shape).run([], None)
+            step = self._step(*shape)
+            assert step is not None
+            step.run([], None)
 
     def launch(self, works: list[Work], behind: Flight | None = None) -> Flight | None:
         """Set off running the models over the last token of S sequences and drawing the next one of each.
@@ -173,19 +175,15 @@ class DecodeGraphs:
         guided = [s for s in sequences if s.networks]
         most = max((s.num_candidates for s in guided), default=0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
-        shape = used, bucket(len(sequences)), bucket(rows), _width(most)
-        if behind is not None and self._key(*shape) not in self._decodes:
-            return None
-        return Flight(works, self._step(*shape).run(sequences, behind))
+        step = self._step(used, bucket(len(sequences)), bucket(rows), _width(most), make=behind is None)
+        return None if step is None else Flight(works, step.run(sequences, behind))
 
-    def _key(self, used: list[int], *sizes: int) -> Any:
-        return *sizes, *((index, self.guide.networks[index].scorer.version) for index in used)
-
-    def _step(self, used: list[int], size: int, rows: int, width: int) -> _DecodeStep:
-        key = self._key(used, size, rows, width)
-        if key not in self._decodes:
+    def _step(self, used: list[int], size: int, rows: int, width: int, make: bool = True) -> _DecodeStep | None:
+        """The step of a shape, which is made if it was not met before; None if it may not be."""
+        key = (size, rows, width, *((index, self.guide.networks[index].scorer.version) for index in used))
+        if make and key not in self._decodes:
             self._decodes[key] = _DecodeStep(self, used, size, rows, width)
-        return self._decodes[key]
+        return self._decodes.get(key)
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:
         """The base model alone, over the last token of S sequences; the result is good until the next step."""

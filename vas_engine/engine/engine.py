@@ -348,7 +348,7 @@ class Engine:
     def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
         obstacle = self._obstacle(planned)
         if obstacle is None:
-            self._launch(planned)
+            self._flight = self._launch(planned)
             if not self.overlap:
                 self._land(events)
             return
@@ -411,7 +411,6 @@ class Engine:
         assert self.graphs is not None
         flight = self.graphs.launch(works, behind)
         if flight is not None:
-            self._flight = flight
             self.stats.steps += 1
             self.stats.graph_steps += 1
             self.stats.model_rows += len(works)
@@ -424,7 +423,6 @@ class Engine:
             return False
         works = self._follow(flight)
         following = self._launch(works, flight) if works else None
-        self._flight = flight
         self._land(events)
         self._flight = following
         return following is not None
@@ -443,12 +441,12 @@ class Engine:
         if flight is None:
             return
         drawn = flight.read()
-        guided = np.array([bool(work.sequence.networks) for work in flight.works])
+        sequences = [work.sequence for work in flight.works]
+        guided = np.array([bool(s.networks) for s in sequences])
         evaluated = np.where(guided, drawn.count, 0)
         self.stats.value_rows += int(evaluated.sum())
         # Others have ended since it was launched.
-        live = np.array([work.sequence.is_running for work in flight.works], bool)
-        sequences = [work.sequence for work in flight.works]
+        live = np.array([s.is_running for s in sequences], bool)
         for work in flight.works:
             self.scheduler.computed(work)
         fine = drawn.winners.column >= 0
