@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -64,12 +63,5 @@ def peers(device: torch.device) -> dict[str, Peer]:
     found: dict[str, Peer] = {"sdpa": sdpa}
     if device.type != "cuda":
         return found
-    capability = torch.cuda.get_device_capability(device)
-    for name, peer in (("flash-attn", flash_attn), ("flash-attn-4", flash_attn_4)):
-        try:
-            version(name)
-        except PackageNotFoundError:
-            continue
-        if capability >= flash.PACKAGES[name][1]:
-            found[name] = peer
-    return found
+    theirs = {"flash-attn": flash_attn, "flash-attn-4": flash_attn_4}
+    return found | {name: theirs[name] for name in flash.serving(torch.cuda.get_device_capability(device))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -43,16 +44,19 @@ class Chunks:
     longest_prefix: int
 
 
+def serving(capability: tuple[int, int] | None = None) -> dict[str, str]:
+    """The packages installed that serve a compute capability (None: any), the preferred first, with their versions."""
+    found = {}
+    for name, (_, least) in PACKAGES.items():
+        if capability is None or capability >= least:
+            with suppress(PackageNotFoundError):
+                found[name] = version(name)
+    return found
+
+
 def installed(capability: tuple[int, int] | None = None) -> str | None:
     """The package that serves a compute capability (None: any), with its version; None if there is none."""
-    for name, (_, least) in PACKAGES.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if capability is None or capability >= least:
-            return f"{name} {found}"
-    return None
+    return next((f"{name} {found}" for name, found in serving(capability).items()), None)
 
 
 def load(device: torch.device) -> Callable[..., Any]:
