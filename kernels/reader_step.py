@@ -145,12 +145,14 @@ def _tiles(offsets, groups, PAIRS: tl.constexpr, SHARE: tl.constexpr, GROUPS: tl
 
 
 @triton.jit
-def _locate(tile, tiles, PAIRS: tl.constexpr, GROUPS: tl.constexpr):
-    """Group of a tile, and the first of its pairs."""
+def _locate(piece, splits, tiles, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr):
+    """What a piece of attention is: its item and kv head, the group, the first of its pairs, and the split."""
+    item = piece // KV_HEADS
+    tile = item // splits
     ends = tl.cumsum(tiles, 0)
     group = tl.sum((ends <= tile).to(tl.int32), 0)
     before = tl.sum(tl.where(tl.arange(0, GROUPS) == group, ends - tiles, 0), 0)
-    return group, (tile - before) * PAIRS
+    return item, piece % KV_HEADS, group, (tile - before) * PAIRS, item % splits
 
 
 @triton.jit(
@@ -192,11 +194,11 @@ def _run(
         _meet(arrivals, programs)
         k_pages, v_pages = _pointer(own, TYPE), _pointer(own + 1, TYPE)
         for turn in range(tl.cdiv(items - program, programs)):
-            piece = program + turn * programs
-            item = piece // KV_HEADS
-            group, first = _locate(item // splits, tiles, PAIRS, GROUPS)
+            item, kv_head, group, first, split = _locate(
+                program + turn * programs, splits, tiles, KV_HEADS, PAIRS, GROUPS
+            )  # fmt: skip
             attend_item(
-                item, piece % KV_HEADS, group, first, item % splits, splits,
+                item, kv_head, group, first, split, splits,
                 q, turns, k_pages, v_pages, tables, offsets, prefix_lens, prefix_lens, q, q, q, seen, partial, stats,
                 scale, 0.0, 0, table_row, partials, size, HEAD_DIM, 0, 0, 0, 0,
                 KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, PAIRS, POSITIONS, D, False, False, False, WIDE, True,
@@ -204,11 +206,11 @@ def _run(
         _meet(arrivals, programs)
         if MERGES:
             for turn in range(tl.cdiv(items - program, programs)):
-                piece = program + turn * programs
-                item = piece // KV_HEADS
-                group, first = _locate(item // splits, tiles, PAIRS, GROUPS)
+                item, kv_head, group, first, split = _locate(
+                    program + turn * programs, splits, tiles, KV_HEADS, PAIRS, GROUPS
+                )  # fmt: skip
                 merge_item(
-                    item, piece % KV_HEADS, group, first, item % splits, splits,
+                    item, kv_head, group, first, split, splits,
                     offsets, seen, partial, stats, partials, KV_HEADS, SHARE, HEAD_DIM, PAIRS, D, SPLITS, 16,
                 )  # fmt: skip
             _meet(arrivals, programs)
