@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the Pareto fronts beside")
     args = parser.parse_args(argv)
     plan = steps(args)
-    carry_out(args.out, plan)
+    seconds = carry_out(args.out, plan)
     if args.json:
         places = places_of(args.out, args.model)
         parts = {part: read_evaluation(args.out / part, places) for part in ("composed", "unlearnt")}
-        write(args.json, summary(plan, places) | parts)
+        write(args.json, summary(plan, seconds, places) | parts)
         shutil.copyfile(args.out / "composed" / "pareto.png", args.json.with_name(f"{args.json.stem}_pareto.png"))
     return 0
 

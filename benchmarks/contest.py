@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.record import circumstances, write
 from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
 
 # Method and the weight β of the divergence.
-POLICIES = (("dpo", 1.0), ("dpo", 0.1), ("rloo", 0.1), ("rloo", 0.02), ("grpo", 0.3), ("grpo", 0.02))
+POLICIES = ("dpo:1", "dpo:0.1", "rloo:0.1", "rloo:0.02", "grpo:0.3", "grpo:0.02")
 NAME = "vader-pos-neg"
 # In standard deviations of the reward, for the values; the rivals' own scales are theirs.
 WEIGHTS = (1, 2, 3.5, 5, 7, 10, 12)
@@ -33,21 +34,22 @@ WEIGHTS = (1, 2, 3.5, 5, 7, 10, 12)
 def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     """What is to be run: the folder that a step makes (None where the command itself knows what is done), and how."""
     out, model, study = args.out, str(args.model), args.out / "study"
-    names = [f"model, {args.rollouts}", *(f"{kind}, distilled" for kind in args.pupils)]
+    pupils = ["reader, distilled", f"side, {args.rollouts}, distilled"] if args.pupils is None else args.pupils
+    names = [f"model, {args.rollouts}", *pupils]
     train = [sys.executable, "-m", "benchmarks.value_quality", model, "--out", str(study), "--only", *names]
-    plan: list[tuple[Path | None, list[str]]] = [(None, [*train, "--rollouts", str(args.rollouts)])]
+    train += ["--no-decoding", "--rollouts", str(args.rollouts)]
+    plan: list[tuple[Path | None, list[str]]] = [(None, train)]
     tune = [sys.executable, "-m", "benchmarks.finetune"]
     sizes = ["--steps", str(args.steps), "--batch", "128", "--lr", "5e-4", *(["--env", args.env] if args.env else [])]
     policies = []
-    for method, beta in POLICIES if args.steps else ():
-        folder = out / f"{method}_{beta:g}"
-        policies += ["--policy", f"{method}:{1 / beta:g}={folder}"]
+    for policy in args.policies:
+        method, _, beta = policy.partition(":")
+        folder = out / f"{method}_{beta}"
+        policies += ["--policy", f"{method}:{1 / float(beta):g}={folder}"]
         group = [] if method == "dpo" else ["--group", "16"]
-        shared = [method, model, "--rollouts", str(study / "rollouts"), "--reward", NAME, "--beta", str(beta)]
+        shared = [method, model, "--rollouts", str(study / "rollouts"), "--reward", NAME, "--beta", beta]
         plan.append((folder, [*tune, *shared, *sizes, *group, "--out", str(folder)]))
-    kinds = ("model", *args.pupils)
-    folders = {kind: value_folder(study, name) for kind, name in zip(kinds, names, strict=True)}
-    values = [word for name, folder in folders.items() for word in ("--value", f"{name}={folder}")]
+    values = [word for name in names for word in ("--value", f"{name.split(',')[0]}={value_folder(study, name)}")]
     evaluate = [sys.executable, "-m", "vas_engine.cli", "evaluate", model, "--prompts", str(out / "openings.txt")]
     evaluate += ["--reward", REWARD, *values, *policies, "--method", "vas", *args.method]
     evaluate += ["--weights", *map(str, WEIGHTS), "--samples", str(args.samples), "--max-tokens", str(MAX_TOKENS)]
@@ -56,14 +58,16 @@ def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     return plan
 
 
-def run(folder: Path | None, command: Sequence[str]) -> None:
-    """Run a step unless its folder is there; the command's own bars and errors are shown."""
+def run(folder: Path | None, command: Sequence[str]) -> float | None:
+    """Run a step, its own bars and errors shown, and return its seconds; None where its folder is there already."""
     if folder is not None and folder.exists():
-        return
+        return None
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    start = time.monotonic()
     status = subprocess.run(command).returncode
     if status:
         raise SystemExit(status)
+    return time.monotonic() - start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,29 +83,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder of all that is made")
     add("--rollouts", type=int, default=131_072, metavar="N", help="samples of the base (131072)")
     add("--samples", type=int, default=64, help="decoded for each opening and point (64)")
-    add("--pupils", nargs="*", default=["reader", "side"], help="kinds that learn from the value model (reader side)")
-    add("--steps", type=int, default=200, help="updates of each fine-tuning (200); 0: none")
+    add(
+        "--pupils",
+        nargs="*",
+        metavar="RUN",
+        help="runs of the study, taught by its value model (a reader, a side network)",
+    )
+    add("--policies", nargs="*", default=POLICIES, metavar="METHOD:BETA", help=f"fine-tuned ({' '.join(POLICIES)})")
+    add("--steps", type=int, default=200, help="updates of each fine-tuning (200)")
     add("--method", nargs="*", default=["args", "fudge", "blockwise"], help="rivals at decoding (args fudge blockwise)")
     add("--env", help="environment of TRL, as benchmarks.finetune takes it")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")
     args = parser.parse_args(argv)
     plan = steps(args)
-    carry_out(args.out, plan)
+    seconds = carry_out(args.out, plan)
     if args.json:
         results = args.out / "results"
         places = places_of(args.out, args.model) | ({str(args.env): "ENV"} if args.env else {})
-        write(args.json, summary(plan, places) | read_evaluation(results, places))
+        write(args.json, summary(plan, seconds, places) | read_evaluation(results, places))
         for plot in sorted(results.glob("*.png")):
             shutil.copyfile(plot, args.json.with_name(f"{args.json.stem}_{plot.name}"))
     return 0
 
 
-def carry_out(out: Path, plan: Sequence[tuple[Path | None, list[str]]]) -> None:
-    """Run the steps of a plan, in a folder that has the openings."""
+def carry_out(out: Path, plan: Sequence[tuple[Path | None, list[str]]]) -> list[float | None]:
+    """Run the steps of a plan, in a folder that has the openings; seconds of each."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
-    for folder, command in plan:
-        run(folder, command)
+    return [run(folder, command) for folder, command in plan]
 
 
 def places_of(out: Path, model: Path) -> dict[str, str]:
@@ -109,10 +118,12 @@ def places_of(out: Path, model: Path) -> dict[str, str]:
     return {f"{out}/": "", str(model): model.name, sys.executable: "python"}
 
 
-def summary(plan: Sequence[tuple[Path | None, list[str]]], places: Mapping[str, str]) -> dict[str, Any]:
-    """What results begin with: circumstances and commands."""
+def summary(
+    plan: Sequence[tuple[Path | None, list[str]]], seconds: Sequence[float | None], places: Mapping[str, str]
+) -> dict[str, Any]:
+    """What results begin with: circumstances, commands, and seconds of those that ran this time."""
     commands = [portable(shlex.join(command), places) for _, command in plan]
-    return {"circumstances": circumstances(), "commands": commands}
+    return {"circumstances": circumstances(), "commands": commands, "seconds": list(seconds)}
 
 
 def read_evaluation(folder: Path, places: Mapping[str, str]) -> dict[str, Any]:

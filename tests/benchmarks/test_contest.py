@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contest import main, run, steps
+from benchmarks.contest import POLICIES, main, run, steps
 from benchmarks.value_quality import main as study
 from vas_engine.commands.evaluate import add_parser
 
 
 def make_plan(out, **changes):
-    given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8, "pupils": ["reader", "side"]}
+    given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8, "pupils": None}
+    given["policies"] = POLICIES
     return steps(argparse.Namespace(out=out, model=Path("model"), **given | changes))
 
 
@@ -34,15 +35,18 @@ def test_what_is_decoded_is_what_was_made(plan, tmp_path):
 
 
 def test_what_is_not_wanted_is_left_out(tmp_path):
-    (_, train), (_, evaluate) = make_plan(tmp_path, steps=0, pupils=["side"])
-    assert train[train.index("--only") + 1 : train.index("--rollouts")] == ["model, 4096", "side, distilled"]
+    (_, train), (_, evaluate) = make_plan(tmp_path, policies=[], pupils=["side, distilled"])
+    assert train[train.index("--only") + 1 : train.index("--no-decoding")] == ["model, 4096", "side, distilled"]
     assert [entry.partition("=")[0] for entry in evaluate if "values" in entry] == ["model", "side"]
     assert "--policy" not in evaluate
 
 
 def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_ends_it(tmp_path):
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
-    run(tmp_path, failing)
+    assert run(tmp_path, failing) is None
+    seconds = run(tmp_path / "missing", [sys.executable, "-c", ""])
+    assert seconds is not None
+    assert seconds > 0
     with pytest.raises(SystemExit, match="3"):
         run(tmp_path / "missing", failing)
     with pytest.raises(SystemExit, match="3"):
