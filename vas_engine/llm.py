@@ -137,6 +137,8 @@ class LLM:
         self.values = {name: self._load_value(value) for name, value in folders.items()}
         if enforce_eager is False:  # before the pages, whose default size is a share of the memory left
             self.lm.compile([index for scorer in self.values.values() for index in scorer.states])
+            for scorer in self.values.values():
+                scorer.compile()
         self.engine = self._build_engine(
             max_num_seqs,
             max_num_batched_tokens,

@@ -21,6 +21,7 @@ from vas_engine.model import AttentionBatch, CausalLM
 from vas_engine.values import HeadConfig, Support, ValueConfig, ValueModel, ValueNetwork
 
 VOCAB = 61
+TOLERANCE = 1e-4
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -217,3 +218,29 @@ class Driver:
         after = self.states(tokens, self.batch(list(winners), [[p] for p in places], True))
         for m, state in zip(winners, after, strict=True):
             self.carry[m] = state
+
+
+def sequence(length: int, seed: int) -> list[int]:
+    """Random tokens."""
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_paged_equals_dense(lm: CausalLM, network) -> None:
+    """Ragged prompts in chunks, several candidates a member, a commit, and candidates again."""
+    driver = Driver(lm, network, [sequence(9, 2), sequence(1, 3), sequence(4, 4)])
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+    for counts in ({0: 5, 1: 1}, {2: 3, 0: 1}, {0: 3, 2: 1}):
+        for member, output in driver.feed(counts).items():
+            found[member].append(output)
+    # A reader's row in the middle of a prompt sees the same pages as at its end.
+    for member, parts in found.items():
+        expected = dense_outputs(network, lm, driver.tokens[member])
+        torch.testing.assert_close(torch.cat(parts), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    for round_, winners in enumerate([{0: 2, 1: 0, 2: 1}, {2: 0, 0: 1}, None]):
+        candidates = {0: sequence(4, 10 + round_), 1: sequence(2, 20), 2: sequence(3 + round_, 30 + round_)}
+        for member, output in driver.score(candidates).items():
+            for row, token in enumerate(candidates[member]):
+                expected = dense_outputs(network, lm, [*driver.tokens[member], token])[-1]
+                torch.testing.assert_close(output[row], expected, atol=TOLERANCE, rtol=TOLERANCE)
+        if winners:
+            driver.commit(winners)

@@ -64,9 +64,11 @@ class Rotary:
         """Cosines and sines; those of the last call serve the layers that ask for the same positions after it."""
         assert self.module is not None
         kind = self.layer_types[layer]
+        options = {"layer_type": kind} if kind is not None else {}
+        if torch.compiler.is_compiling():  # compiled code computes them once by itself
+            return self.module(like, positions[None], **options)
         if self._last is not None and self._last[0] is positions and self._last[1:3] == (kind, like.dtype):
             return self._last[3]
-        options = {"layer_type": kind} if kind is not None else {}
         tables = self.module(like, positions[None], **options)
         self._last = (positions, kind, like.dtype, tables)
         return tables

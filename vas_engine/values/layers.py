@@ -122,15 +122,19 @@ class PagedAttention:
 
     def read(self, layer: int, queries: Tensor) -> Tensor:
         rotated = self.lm.rotate(queries.to(self.lm.dtype), self.positions, layer)
-        return self.lm.attend(layer, rotated, self.batch).to(queries.dtype)
+        return self.attend(layer, rotated).to(queries.dtype)
 
     def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
-        assert cache is not None
-        k, v = k.to(cache.dtype), v.to(cache.dtype)
+        dtype = self.lm.dtype
+        return self.attend(index, q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
+
+    def attend(self, index: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """In the base model's dtype: its layer ``index``, or with k and v the network's own."""
+        if k is None or v is None:
+            return self.lm.attend(index, q, self.batch)
+        assert self.cache is not None
         self.scratch.append((k, v))
-        seen = cache.attend(index, q.to(cache.dtype), k, v, self.batch, scale=q.shape[-1] ** -0.5)
-        return seen.to(q.dtype)
+        return self.cache.attend(index, q, k, v, self.batch, scale=q.shape[-1] ** -0.5)
 
 
 class DenseAttention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from vas_engine.errors import InvalidArgumentError, VASError
 from vas_engine.kernels import function
 from vas_engine.model.branches import Branches, positions_of
 from vas_engine.model.cache import KVCache, LayerShape
+from vas_engine.model.compiled import MAX_ROWS
 from vas_engine.values.base import base_fingerprint, check_base
+from vas_engine.values.compiled import CompiledWeights
 from vas_engine.values.config import PLACE_FEATURES, ValueConfig
 from vas_engine.values.heads import Heads, rms_norm
 from vas_engine.values.layers import Attention, DenseAttention, PagedAttention, ReaderLayer, Rotary, SideLayer
@@ -29,13 +32,31 @@ TABLE_CHUNK = 8192
 
 
 @dataclass(frozen=True)
-class _Served:
-    """Weights in the dtype of inference. Not a module: they must show in no state dict."""
+class ServedWeights:
+    """Weights in the dtype of inference, and what rows go through. Not a module: they must show in no state dict."""
 
+    network: ValueNetwork
     version: tuple
     layers: nn.ModuleList
     heads: Heads
     state_weight: Tensor | None
+
+    def project(self, states: Tensor) -> Tensor:
+        """[N, S, H] -> [N, width] float32."""
+        return self.network._project(states, self.state_weight)
+
+    def places(self, positions: Tensor) -> Tensor | None:
+        """int64 [R] -> what their places add to rows, [R, width] float32; None: nothing."""
+        weight = self.network.place_weight
+        return None if weight is None else F.linear(place_features(positions), weight)
+
+    def run(self, x: Tensor, attention: Attention) -> Tensor:
+        """Through the layers: [R, width] -> [R, width] float32."""
+        return self.network._run(x, attention, self.layers)
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """[..., width] -> [..., O] float32."""
+        return self.heads(features)
 
 
 class ValueNetwork(nn.Module):
@@ -71,7 +92,8 @@ class ValueNetwork(nn.Module):
         self.cache: KVCache | None = None
         self._table: Tensor | None = None
         self._table_of: tuple[int, int] | None = None
-        self._served: _Served | None = None
+        self._served: ServedWeights | None = None
+        self._compiled: CompiledWeights | None = None
         self._scratch: list[tuple[Tensor, Tensor]] = []
 
     # -- what it is
@@ -115,7 +137,7 @@ class ValueNetwork(nn.Module):
         self.lm = lm
         self._gather = function("candidate_input", lm.attention_backend)
         self.to(lm.device)
-        self._table = None
+        self._table = self._compiled = None
         if self.embed_weight is not None:
             self._embeddings()
         return self
@@ -152,8 +174,8 @@ class ValueNetwork(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Head output of rows; see ``Scorer.score``."""
-        served = self._serving()
-        return served.heads(self._features(served, token_ids, hidden, hidden_index, batch, rows))
+        weights = self._through(token_ids, hidden)
+        return weights.outputs(self._features(weights, token_ids, hidden, hidden_index, batch, rows))
 
     @torch.inference_mode()
     def features(
@@ -165,30 +187,49 @@ class ValueNetwork(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """What the heads read of rows; see ``Scorer.features``."""
-        return self._features(self._serving(), token_ids, hidden, hidden_index, batch, rows)
+        weights = self._through(token_ids, hidden)
+        return self._features(weights, token_ids, hidden, hidden_index, batch, rows)
 
     def _features(
         self,
-        served: _Served,
+        weights: ServedWeights | CompiledWeights,
         token_ids: Tensor,
         hidden: Tensor | None,
         hidden_index: Tensor | None,
         batch: AttentionBatch,
         rows: Tensor | None,
     ) -> Tensor:
-        lm = self._bound()
         if hidden is None or hidden_index is None:
             raise InvalidArgumentError("hidden", hidden, f"a network of input {self.input!r} needs hidden states")
         # Projected once per distinct state; the rows only gather.
-        states = hidden.unflatten(-1, (-1, self.config.hidden_size))
+        states = weights.project(hidden.unflatten(-1, (-1, self.config.hidden_size)))
         embedded = (None, None) if self.embed_weight is None else (self._embeddings(), token_ids)
-        places = None if self.place_weight is None else F.linear(place_features(batch.positions), self.place_weight)
-        x = self._gather(self._project(states, served.state_weight), hidden_index, *embedded, places)
-        if self.layers:
-            attention = PagedAttention(lm, self._own_pages(), batch)
-            x = self._run(x, attention, served.layers)
-            self._scratch = attention.scratch
+        x = self._gather(states, hidden_index, *embedded, weights.places(batch.positions))
+        attention = PagedAttention(self._bound(), self._own_pages(), batch)
+        x = weights.run(x, attention)
+        self._scratch = attention.scratch
         return x if rows is None else x.index_select(0, rows)
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Has rows run code of torch.compile from now on, as long as the weights stay as they are.
+
+        Changed weights run eagerly. The code serves any number of rows and any pages, so this may come before
+        `allocate`. Results differ from the eager ones by rounding.
+
+        Raises:
+            VASError: torch.compile does not work here.
+        """
+        served = dataclasses.replace(self._serving(), version=self.version)
+        width = self.config.width or len(self.states) * self.config.hidden_size
+        self._compiled = CompiledWeights(served, self._bound(), len(self.states), width)
+
+    def _through(self, token_ids: Tensor, hidden: Tensor | None) -> ServedWeights | CompiledWeights:
+        """What so many rows and states go through."""
+        compiled, sizes = self._compiled, (len(token_ids), 0 if hidden is None else len(hidden))
+        if compiled is None or not 0 < min(sizes) <= max(sizes) <= MAX_ROWS or compiled.version != self.version:
+            return self._serving()
+        return compiled
 
     @property
     def version(self) -> tuple:
@@ -229,7 +270,7 @@ class ValueNetwork(nn.Module):
             self._table_of = version
         return self._table
 
-    def _serving(self) -> _Served:
+    def _serving(self) -> ServedWeights:
         """The weights that rows are computed with: in the base model's dtype, made again when they have changed.
 
         With a bfloat16 base the states read have eight bits of precision, and products in float32 would cost about
@@ -237,14 +278,14 @@ class ValueNetwork(nn.Module):
         """
         dtype = self._bound().dtype
         if dtype == torch.float32:
-            return _Served((), self.layers, self.heads, self.state_weight)
+            return ServedWeights(self, (), self.layers, self.heads, self.state_weight)
         version = self.version
         if self._served is None or self._served.version != version:
             heads = copy.deepcopy(self.heads)
             if heads.hidden is not None:
                 heads.hidden.to(dtype)
             weight = None if self.state_weight is None else self.state_weight.to(dtype)
-            self._served = _Served(version, copy.deepcopy(self.layers).to(dtype), heads, weight)
+            self._served = ServedWeights(self, version, copy.deepcopy(self.layers).to(dtype), heads, weight)
         return self._served
 
     # -- what inference and training share

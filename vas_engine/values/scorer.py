@@ -59,6 +59,9 @@ class Scorer(Protocol):
         any.
         """
 
+    def compile(self) -> None:
+        """Has rows run code of torch.compile from now on."""
+
     def score(
         self,
         token_ids: Tensor,

@@ -178,6 +178,14 @@ class ValueModel(nn.Module):
         """Makes the backbone's pages."""
         self.lm_of_values.allocate(num_blocks, block_size)
 
+    def compile(self) -> None:
+        """Has the LM run code of torch.compile from now on; its weights are to stay as they are.
+
+        Raises:
+            VASError: torch.compile does not work here.
+        """
+        self.lm_of_values.compile()
+
     @torch.inference_mode()
     def score(
         self,
