@@ -35,9 +35,9 @@ from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
 
 PLAIN = ("plain", "serial", "compiled")
-KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", "compiled-reader", *PEERS)
-"""What is measured: "serial" is plain decoding whose steps wait for the host, "compiled" goes through torch.compile,
-"reader-4" is four readers at once, the last ones are transformers alone."""
+KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", "compiled-reader", *PEERS, "compiled-side")
+"""What is measured, first what matters most: "serial" is plain decoding whose steps wait for the host, "compiled" goes
+through torch.compile, "reader-4" is four readers at once, and the peers are transformers alone."""
 VALUE_MODEL = {"llama-8b": "llama-1.1b", "tiny": "tiny"}
 """Shape of the value model of the paper's method, by that of the base model."""
 MODELS = {**SHAPES, "tiny": Shape(2, 64, 4, 2, 16, 128, 512, dtype="float32")}

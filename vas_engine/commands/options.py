@@ -86,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         dest="enforce_eager",
         action="store_const",
         const=False,
-        help="compile the model while loading: about a second a layer, then faster steps",
+        help="compile model and values while loading: about a second a layer, then faster steps",
     )
     ways.add_argument(
         "--enforce-eager",
