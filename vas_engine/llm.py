@@ -78,8 +78,8 @@ class LLM:
             package for prompts) or "reference" (plain torch).
         enforce_eager: False compiles the base model and the values by torch.compile while loading: about a second
             a layer each time, and on a CPU memory for a second copy of the weights; steps are then up to twice as
-            fast there. None (the default) and True run them eagerly. On CUDA decode steps are graphs, captured when a size of
-            batch is first met, unless this is True.
+            fast there. None (the default) and True run them eagerly. On CUDA decode steps are graphs, captured when
+            a size of batch is first met, unless this is True.
         enable_prefix_caching: reuse the pages of prompts that begin alike.
         seed: makes requests without a seed of their own repeatable: the i-th since loading always draws the
             same one.
