@@ -236,14 +236,15 @@ def measure_sampler(
 def measure_reader(
     case: ReaderCase, _: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
 ) -> dict[str, Any]:
-    """Seconds of a whole reader as one kernel, what prepares its input included, and of its parts; as CUDA graphs.
+    """Seconds of a whole reader as one kernel, what prepares its input included, and of its parts, eager and compiled;
+    as CUDA graphs.
 
     Raises:
         ValueError: their values differ.
     """
-    from benchmarks.reader_step import ReaderStep, base_and_reader
+    from benchmarks.reader_step import ReaderStep, base_and_readers
 
-    lm, network = base_and_reader(case.shape, device)
+    lm, network, compiled = base_and_readers(case.shape, device)
     step = ReaderStep(lm, network, [case.context] * case.requests, [case.rows] * case.requests)
     error = step.difference()
     if not error < 2e-2:
@@ -252,8 +253,9 @@ def measure_reader(
     seen = 2 * len(config.layers) * case.requests * case.context * kv_heads * config.head_dim
     assert network.embed_weight is not None  # read once, for the table
     moved = (network.num_parameters - network.embed_weight.numel() + seen) * lm.dtype.itemsize
-    (whole, parts), captures = _captured([step.whole, step.parts], device, capture)
-    seconds, apart = seconds_per_call(whole, device), seconds_per_call(parts, device)
+    ways = [step.whole, step.parts, lambda: step.parts(compiled)]
+    graphs, captures = _captured(ways, device, capture)
+    seconds, *apart = (seconds_per_call(way, device) for way in graphs)
     median = statistics.median(seconds)
     return {
         **asdict(case),
@@ -263,8 +265,10 @@ def measure_reader(
         "bytes_per_second": moved / median,
         "of_copy_bandwidth": moved / median / ceilings.bandwidth,
         "difference": error,
-        "seconds_parts": spread(apart),
-        "times_faster": statistics.median(apart) / median,
+        "peers": {
+            name: {"seconds": spread(own), "times_faster": statistics.median(own) / median}
+            for name, own in zip(("its parts", "its parts compiled"), apart, strict=True)
+        },
     }
 
 
@@ -320,8 +324,7 @@ def table(report: dict[str, Any]) -> str:
             state = "skipped" if "skipped" in row else "FAILED"
             lines.append(f"{row['kernel']:<21}{case:<34}  {state}: {row[state.lower()].splitlines()[0]}")
             continue
-        alone = "its parts" if row["kernel"] == "reader_step" else "one by one"
-        ratios = {alone: row} if "times_faster" in row else {}
+        ratios = {"one by one": row} if "times_faster" in row else {}
         ratios |= {name: peer for name, peer in row.get("peers", {}).items() if "times_faster" in peer}
         ratio = ", ".join(f"{name} {of['times_faster']:.1f}" for name, of in ratios.items())
         numbers = f"{row['seconds']['median'] * 1e6:>9.1f}{row['bytes_per_second'] / 1e9:>8.0f}"

@@ -20,15 +20,19 @@ from vas_engine.values.network import place_features
 
 
 @cache
-def base_and_reader(shape: str, device: torch.device) -> tuple[CausalLM, ValueNetwork]:
-    """The reader that goes with a shape, bound to a base of those layers that it looks at and no others."""
+def base_and_readers(shape: str, device: torch.device) -> tuple[CausalLM, ValueNetwork, ValueNetwork]:
+    """The reader that goes with a shape, bound to a base of those layers that it looks at and no others; and the same
+    once more, compiled."""
     config = network_config(MODELS[shape], "reader")
     looks = len(config.layers)
     base = dummy_model(replace(MODELS[shape], layers=looks), device, positions=2**14)
-    torch.manual_seed(1)
-    network = ValueNetwork(config.replace(layers=range(looks), states=(looks // 2, looks)))
     lm = CausalLM.load(base, device=device)
-    return lm, network.requires_grad_(False).bind(lm)
+    torch.manual_seed(1)
+    config = config.replace(layers=range(looks), states=(looks // 2, looks))
+    eager, compiled = (ValueNetwork(config).requires_grad_(False).bind(lm) for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    compiled.compile()
+    return lm, eager, compiled
 
 
 class ReaderStep:
@@ -101,14 +105,15 @@ class ReaderStep:
         self._reader: object = None
 
     @torch.inference_mode()
-    def parts(self) -> tuple[ValueTilt, torch.Tensor]:
-        """As `engine.decode` runs them: the result, and the tilt float64 [S, W]."""
+    def parts(self, network: ValueNetwork | None = None) -> tuple[ValueTilt, torch.Tensor]:
+        """As `engine.decode` runs them: the result, and the tilt float64 [S, W]; or those of another network."""
+        network = network or self.network
         batch = AttentionBatch(
             self.tables, self.laid, self.positions.to(torch.int32), torch.full_like(self.positions, -1),
             self.positions, unslotted=True,
         )  # fmt: skip
-        features = self.network.features(self.token_ids, self.hidden, self.owner, batch)
-        weights, tilt = self.network.served_heads.weights, torch.zeros_like(self.tilt)
+        features = network.features(self.token_ids, self.hidden, self.owner, batch)
+        weights, tilt = network.served_heads.weights, torch.zeros_like(self.tilt)
         found = self._head_tilt(
             features, weights, self.settings, self.offsets, self.columns, self.selection, tilt, choose=True
         )

@@ -69,7 +69,7 @@ class CompiledWeights:
         """See `ServedWeights`."""
         self.attention = attention
         try:
-            return self._run(x[None], attention.positions[None])[0]
+            return self._run(x[None], attention.positions[None].long())[0]
         finally:
             self.attention = None
 
