@@ -40,7 +40,7 @@ def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     train += ["--no-decoding", "--rollouts", str(args.rollouts)]
     plan: list[tuple[Path | None, list[str]]] = [(None, train)]
     tune = [sys.executable, "-m", "benchmarks.finetune"]
-    sizes = ["--steps", str(args.steps), "--batch", "128", "--lr", "5e-4", *(["--env", args.env] if args.env else [])]
+    sizes = ["--steps", str(args.steps), "--batch", "128", "--lr", args.lr, *(["--env", args.env] if args.env else [])]
     policies = []
     for policy in args.policies:
         method, _, beta = policy.partition(":")
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--policies", nargs="*", default=POLICIES, metavar="METHOD:BETA", help=f"fine-tuned ({' '.join(POLICIES)})")
     add("--steps", type=int, default=200, help="updates of each fine-tuning (200)")
+    add("--lr", default="5e-4", help="peak learning rate of each (5e-4)")
     add("--method", nargs="*", default=["args", "fudge", "blockwise"], help="rivals at decoding (args fudge blockwise)")
     add("--env", help="environment of TRL, as benchmarks.finetune takes it")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")

@@ -13,7 +13,7 @@ from vas_engine.commands.evaluate import add_parser
 
 def make_plan(out, **changes):
     given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8, "pupils": None}
-    given["policies"] = POLICIES
+    given |= {"policies": POLICIES, "lr": "5e-4"}
     return steps(argparse.Namespace(out=out, model=Path("model"), **given | changes))
 
 

@@ -40,7 +40,8 @@ def _add_values(app: FastAPI, state: State, worker: EngineThread, llm: LLM) -> N
 
     @app.post("/admin/values", response_model=protocol.ValueList, tags=["admin"])
     async def load(body: protocol.LoadValueRequest) -> Any:
-        """Loads a value from the server's folder of values. Requests that run are not disturbed."""
+        """Loads a value from the server's folder of values. Requests that run are not disturbed: it is not compiled,
+        which would stop them."""
         folder = resolve(state.settings.values_dir, body.path)
         async with loading:  # one at a time: each takes memory for its pages
             scorer = await asyncio.to_thread(load_value, folder, llm.engine.lm, tokenizer=llm.tokenizer)
