@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -30,27 +31,6 @@ _MODEL_OPTIONS = (
     "attention_backend",
     "enable_prefix_caching",
     "enforce_eager",
-)
-_SAMPLING_OPTIONS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "logprobs",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "prune",
-    "report_kl",
 )
 _API_LIMITS = (
     "concurrency",
@@ -245,7 +225,8 @@ def read_values(values: Sequence[str]) -> Any:
 
 def read_params(args: argparse.Namespace) -> SamplingParams:
     """SamplingParams from the sampling options that were given."""
-    options = _given(args, _SAMPLING_OPTIONS)
+    fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"logit_bias"}
+    options = _given(args, sorted(fields & vars(args).keys()))
     if args.logit_bias:
         pairs = [_pair("--logit-bias", text, "ID=NUMBER") for text in args.logit_bias]
         options["logit_bias"] = dict(pairs)
