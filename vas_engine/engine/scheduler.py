@@ -303,16 +303,22 @@ class Scheduler:
         """The best waiting sequence that can ever run."""
         while self._waiting:
             head = self._waiting[0]
-            if self.blocks.blocks_for(self._reach(head)) <= self.blocks.num_blocks:
+            if not self._too_long(head):
                 return head
             self._fail(head, plan)
         return None
 
+    def _too_long(self, sequence: Sequence) -> bool:
+        """Whether all blocks there are would not do."""
+        return self.blocks.blocks_for(self._reach(sequence)) > self.blocks.num_blocks
+
+    def _outranks(self, head: Sequence) -> bool:
+        """Whether the last of the running could be pushed out for it."""
+        return bool(self._running) and head.priority < self._running[-1].priority
+
     def _has_turn(self, head: Sequence) -> bool:
         """Whether the next plan would do anything about the first of the waiting."""
-        if self.blocks.blocks_for(self._reach(head)) > self.blocks.num_blocks:
-            return True
-        return bool(self._running and head.priority < self._running[-1].priority) or self._fits(head)
+        return self._too_long(head) or self._outranks(head) or self._fits(head)
 
     def _fits(self, head: Sequence) -> bool:
         """Whether it can be admitted as things are, with a block to spare for each running sequence."""
@@ -327,11 +333,9 @@ class Scheduler:
 
     def _make_way(self, plan: Plan) -> None:
         """Admits waiting sequences that do not fit but outrank running ones, which are pushed out."""
-        while self._waiting and self._running:
-            if self._waiting[0].priority >= self._running[-1].priority:
-                return
+        while self._waiting and self._outranks(self._waiting[0]):
             head = self._next_waiting(plan)
-            if head is None or head.priority >= self._running[-1].priority or self._fits(head):
+            if head is None or not self._outranks(head) or self._fits(head):
                 return
             victims = self._victims(head)
             if not victims:
