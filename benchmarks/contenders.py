@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from benchmarks.peers import (
     SharedCacheValueProcessor,
     ValueProcessor,
 )
+from vas_engine.engine.cost import SHAPES, Shape
 from vas_engine.integrations.transformers import ValueLogitsProcessor, load_values, vas_generate
 from vas_engine.integrations.value_models import Host, load_value_model
 from vas_engine.llm import LLM
@@ -37,7 +39,7 @@ COMPILED = {
     "vas-compiled-side": "side",
     "vas-compiled-model": "model",
 }
-"""This engine with its base model compiled (`enforce_eager=False`), which takes most of a minute each to start."""
+"""This engine, base model and values compiled (`enforce_eager=False`), which takes most of a minute each to start."""
 
 PEERS: dict[str, type[ValueProcessor]] = {
     "hf-one-at-a-time": OneAtATimeValueProcessor,
@@ -58,33 +60,22 @@ OURS_IN_THEIRS = ("hf-vas-generate", "hf-vas-processor")
 LOGIT_SCALE = 10.0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama with tied embeddings."""
-
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-
-    def config(self) -> LlamaConfig:
-        """As a configuration of transformers."""
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden_size // self.heads,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
+def llama_config(shape: Shape, positions: int) -> LlamaConfig:
+    """A shape as a configuration of transformers."""
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        max_position_embeddings=positions,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,9 +88,10 @@ class Setting:
 
 SETTINGS = {
     # 134.5 and 14.7 million parameters.
-    "135m": Setting(Shape(49152, 576, 30, 9, 3, 1536), Shape(49152, 192, 8, 3, 3, 896)),
-    "tiny": Setting(Shape(2048, 64, 4, 2, 1, 128), Shape(2048, 32, 2, 2, 2, 64)),
+    "135m": Setting(SHAPES["llama-135m"], Shape(8, 192, 3, 3, 64, 896, 49152, tied=True)),
+    "tiny": Setting(Shape(4, 64, 2, 1, 32, 128, 2048, tied=True), Shape(2, 32, 2, 2, 16, 64, 2048, tied=True)),
 }
+POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -148,10 +140,11 @@ class Assets:
         self.base, self.backbone = folder / "base", folder / "backbone"
         self.values = folder / "values"
         torch.manual_seed(seed)
-        base = LlamaForCausalLM(setting.base.config())
+        base: Any = LlamaForCausalLM(llama_config(setting.base, POSITIONS))
         base.model.norm.weight.data.mul_(LOGIT_SCALE)
-        base.to(dtype).save_pretrained(self.base)
-        LlamaForCausalLM(setting.value.config()).to(dtype).save_pretrained(self.backbone)
+        backbone: Any = LlamaForCausalLM(llama_config(setting.value, POSITIONS))
+        for model, place in ((base, self.base), (backbone, self.backbone)):
+            model.to(dtype).save_pretrained(place)
 
     def value(self, kind: str) -> Path:
         """Folder of an untrained value of this kind, about 1 % of the base except for kind "model"."""
@@ -218,11 +211,11 @@ class HuggingFace:
     """``generate`` of transformers, plain or guided.
 
     Args:
-        model: the base model; may be shared.
+        model: the base model, of transformers; may be shared.
         guide: arguments of one call from the prompts' attention mask and the settings; None is plain decoding.
     """
 
-    def __init__(self, name: str, model: LlamaForCausalLM, guide: Guide | None = None) -> None:
+    def __init__(self, name: str, model: Any, guide: Guide | None = None) -> None:
         self.name, self.model, self.guide = name, model, guide
 
     def run(self, prompts: list[list[int]], decoding: Decoding, seed: int) -> tuple[float, int]:
@@ -334,7 +327,7 @@ def builders(
 
     def peer(form: type[ValueProcessor]) -> Guide:
         backbone = once("backbone", lambda: AutoModel.from_pretrained(assets.backbone, dtype=assets.dtype).eval())
-        head = once("head", lambda: nn.Linear(assets.setting.value.hidden_size, 1))
+        head = once("head", lambda: nn.Linear(assets.setting.value.hidden, 1))
 
         def guide(mask: torch.Tensor, decoding: Decoding) -> dict[str, Any]:
             processor = form(backbone, head, mask, weight=decoding.weight, num_candidates=decoding.num_candidates)
@@ -352,7 +345,7 @@ def builders(
         return {"logits_processor": LogitsProcessorList([processor])}
 
     def value() -> dict[str, Any]:
-        host = Host(assets.setting.base.vocab_size, assets.dtype)
+        host = Host(assets.setting.base.vocab, assets.dtype)
         return once("value", lambda: {"reward": load_value_model(assets.value("model"), host)})
 
     def own(name: str) -> HuggingFace:
@@ -362,20 +355,22 @@ def builders(
             return HuggingFace(name, base(), own_processor)
         return HuggingFace(name, load_values(base(), {"reward": str(assets.value("model"))}), own_generate)
 
+    def published(name: str, form: type[ValueProcessor]) -> HuggingFace:
+        return HuggingFace(name, base(), peer(form))
+
     found: dict[str, Callable[[], Contender]] = {}
     for kind in (None, *KINDS):
         name = f"vas-{kind}" if kind else "vas-plain"
-        found[name] = lambda kind=kind: Engine(assets, kind, max_num_seqs, max_model_len)
+        found[name] = partial(Engine, assets, kind, max_num_seqs, max_model_len)
     for name, compiled_kind in COMPILED.items():
-        found[name] = lambda name=name, kind=compiled_kind: Engine(assets, kind, max_num_seqs, max_model_len, name)
+        found[name] = partial(Engine, assets, compiled_kind, max_num_seqs, max_model_len, name)
     found["hf-plain"] = lambda: HuggingFace("hf-plain", base())
     for name in OURS_IN_THEIRS:
-        found[name] = lambda name=name: own(name)
+        found[name] = partial(own, name)
     for name, form in PEERS.items():
-        found[name] = lambda name=name, form=form: HuggingFace(name, base(), peer(form))
+        found[name] = partial(published, name, form)
     if vllm_python:
         for name, kind in VLLMS.items():
-            found[name] = lambda name=name, kind=kind: VLLM(
-                name, kind, vllm_python, assets, max_num_seqs, max_model_len, log.with_suffix(f".{name}.log")
-            )
+            words = log.with_suffix(f".{name}.log")
+            found[name] = partial(VLLM, name, kind, vllm_python, assets, max_num_seqs, max_model_len, words)
     return found

@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.batch,
                 options.rounds,
                 options.prompt_tokens,
-                setting.base.vocab_size,
+                setting.base.vocab,
                 decoding,
                 options.seed,
             )

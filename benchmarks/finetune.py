@@ -151,7 +151,7 @@ def _pairs(rollouts: Any, reward: str, count: int, chooser: random.Random) -> li
     by_prompt: dict[int, list[Any]] = {}
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_index, []).append(rollout)
-    pairs = []
+    pairs: list[dict[str, list[int]]] = []
     for _ in range(count):
         own = by_prompt[list(by_prompt)[len(pairs) % len(by_prompt)]]
         worse, better = sorted(chooser.sample(own, 2), key=lambda rollout: rollout.rewards[reward])

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks import record
-from benchmarks.contenders import LOGIT_SCALE
+from benchmarks.contenders import LOGIT_SCALE, llama_config
 from benchmarks.gpu_clock import Budget, Ceilings, measure_ceilings
 from benchmarks.gpu_peers import PEERS, batched, guided, rate
 from benchmarks.record import spread
@@ -57,22 +57,9 @@ class Setting:
 
 def dummy_model(shape: Shape, device: torch.device, positions: int) -> PreTrainedModel:
     """A Llama of random weights, made where it is to run: on the host 8B would take minutes."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=shape.mlp,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=positions,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
+        model = AutoModelForCausalLM.from_config(llama_config(shape, positions), dtype=getattr(torch, shape.dtype))
     model.requires_grad_(False)
     model.model.norm.weight.mul_(LOGIT_SCALE)
     return model

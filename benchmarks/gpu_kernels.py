@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def measure_attention(
     inputs = [attention_inputs(case, device, seed) for seed in range(copies)]
     scale = case.head_dim**-0.5
     check(run(**inputs[0], scale=scale), inputs[0], case, scale)
-    calls, captures = _captured([lambda given=given: run(**given, scale=scale) for given in inputs], device, capture)
+    calls, captures = _captured([partial(run, **given, scale=scale) for given in inputs], device, capture)
     seconds = seconds_per_call(calls, device)
     median = statistics.median(seconds)
     found = {
@@ -155,7 +156,7 @@ def measure_attention(
             for part in parts:
                 run(**part, scale=scale)
 
-        apart, _ = _captured([lambda parts=parts: one_by_one(parts) for parts in single], device, capture)
+        apart, _ = _captured([partial(one_by_one, parts) for parts in single], device, capture)
         found["seconds_one_by_one"] = spread(seconds_per_call(apart, device))
         found["times_faster"] = found["seconds_one_by_one"]["median"] / median
     found["peers"] = {}
@@ -222,7 +223,7 @@ def measure_sampler(
     ]
     arrays = SamplingArrays.build(case.requests, seed=np.arange(case.requests), num_candidates=case.candidates)
     rows = np.arange(case.requests, dtype=np.int64)
-    seconds = seconds_per_call([lambda given=given: run(given, rows, arrays) for given in logits], device)
+    seconds = seconds_per_call([partial(run, given, rows, arrays) for given in logits], device)
     median = statistics.median(seconds)
     return {
         **asdict(case),
@@ -253,7 +254,7 @@ def measure_reader(
     seen = 2 * len(config.layers) * case.requests * case.context * kv_heads * config.head_dim
     assert network.embed_weight is not None  # read once, for the table
     moved = (network.num_parameters - network.embed_weight.numel() + seen) * lm.dtype.itemsize
-    ways = [step.whole, step.parts, lambda: step.parts(compiled)]
+    ways: list[Call] = [step.whole, step.parts, partial(step.parts, compiled)]
     graphs, captures = _captured(ways, device, capture)
     seconds, *apart = (seconds_per_call(way, device) for way in graphs)
     median = statistics.median(seconds)
@@ -291,7 +292,8 @@ def measure(
     """Every case that there is time for; what was left out, or failed, says why."""
     ceilings = measure_ceilings(device, large=not small)
     results: list[dict[str, Any]] = []
-    for name, cases in zip(KERNELS, (attention, sampler, reader), strict=True):
+    several: tuple[Sequence[Any], ...] = (attention, sampler, reader)
+    for name, cases in zip(KERNELS, several, strict=True):
         for case in cases:
             row: dict[str, Any] = {"kernel": name}
             if budget.left <= 0:

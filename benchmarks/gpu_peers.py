@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +26,12 @@ Call = Callable[[list[list[int]], int], int]
 """Prompts of one length and a number of new tokens -> tokens made."""
 
 
-def guided(model: PreTrainedModel, backbone: PreTrainedModel, candidates: int) -> Call:
+def guided(model: Any, backbone: PreTrainedModel, candidates: int) -> Call:
     """`generate` with the paper's method.
 
     Args:
-        backbone: the value model, without a head.
+        model: of transformers, with its head.
+        backbone: the value model, without one.
     """
     head = nn.Linear(backbone.config.hidden_size, 1, device=model.device)
 
@@ -52,7 +54,7 @@ def guided(model: PreTrainedModel, backbone: PreTrainedModel, candidates: int) -
     return call
 
 
-def batched(model: PreTrainedModel) -> Call:
+def batched(model: Any) -> Call:
     """`generate_batch`, transformers' own continuous batching."""
 
     from transformers.generation.configuration_utils import ContinuousBatchingConfig

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,7 +145,7 @@ class ValueProcessor(LogitsProcessor, ABC):
         if not bool(match.any(1).all()):
             return False
         row, column = torch.arange(len(chosen), device=chosen.device), match.int().argmax(1)
-        for layer, (keys, values) in zip(self._cache.layers, self._candidate_kv, strict=True):
+        for layer, (keys, values) in zip(_layers(self._cache), self._candidate_kv, strict=True):
             layer.keys = torch.cat([layer.keys, keys[row, :, column].unsqueeze(2)], dim=2)
             layer.values = torch.cat([layer.values, values[row, :, column].unsqueeze(2)], dim=2)
         self._state_values = self.values[row, column]
@@ -236,11 +237,16 @@ class SharedCacheValueProcessor(ValueProcessor):
         return self._value(hidden)
 
 
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Layers of attention: with keys and values."""
+    return cache.layers
+
+
 def _repeated(cache: DynamicCache, count: int) -> DynamicCache:
     """A cache in which every row stands ``count`` times in a row."""
     repeated = copy.copy(cache)
     repeated.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in repeated.layers:
+    for layer in _layers(repeated):
         layer.keys, layer.values = (x.repeat_interleave(count, 0) for x in (layer.keys, layer.values))
     return repeated
 
@@ -253,7 +259,7 @@ def _by_request(part: torch.Tensor, batch: int) -> torch.Tensor:
 def _take_tail(cache: DynamicCache, length: int) -> list[LayerKV]:
     """Cut every layer back to ``length`` tokens; what lay beyond."""
     taken = []
-    for layer in cache.layers:
+    for layer in _layers(cache):
         taken.append((layer.keys[:, :, length:], layer.values[:, :, length:]))
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
     return taken

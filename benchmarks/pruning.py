@@ -68,7 +68,8 @@ def _rounds(base: np.ndarray, tilt: np.ndarray, interval: float, tail: int, per_
     low, high = base.copy(), base + interval
     if tail >= 0:
         low[tail] = high[tail] = base[tail] + interval / 2
-    known, rows = np.arange(len(base)) == tail, []
+    known = np.arange(len(base)) == tail
+    rows: list[int] = []
     while True:
         open_ = np.flatnonzero(~known & (high >= low.max()))
         # The winner's value is the next state's, so it is evaluated even when it can no longer lose.
@@ -130,7 +131,7 @@ def measure(kind: str, setting: str, batches: Sequence[int], context: int, repea
     """One line a batch, interval and way of pruning."""
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        selection = select_steps(SETTINGS[setting].base.vocab_size, steps, 20, seed=0)
+        selection = select_steps(SETTINGS[setting].base.vocab, steps, 20, seed=0)
         network = Pass(Path(folder), kind, setting, context, max(batches))
         sizes = np.unique(np.geomspace(1, 21 * max(batches), 14).round().astype(int))
         network.time(int(sizes[-1]), 3)  # warming up

@@ -157,7 +157,7 @@ def random_models(folder: Path, setting: str, dtype: str) -> Models:
     import torch
 
     assets = Assets(folder, SETTINGS[setting], getattr(torch, dtype))
-    vocabulary = SETTINGS[setting].base.vocab_size
+    vocabulary = SETTINGS[setting].base.vocab
     save_tokenizer(assets.base, vocabulary)
     tokens = np.random.default_rng(0).integers(3, vocabulary, 1_000_000)
     values = {kind: assets.value(kind) for kind in KINDS}

@@ -36,7 +36,7 @@ def contender(request: pytest.FixtureRequest, makers: dict[str, Callable[[], Con
 @pytest.mark.parametrize("batch", BATCHES)
 def test_decode(benchmark, contender: Contender, batch: int) -> None:
     benchmark.group = f"decode, batch {batch}"
-    vocabulary = SETTINGS["135m"].base.vocab_size
+    vocabulary = SETTINGS["135m"].base.vocab
     prompts = np.random.default_rng(0).integers(3, vocabulary, (batch, PROMPT_TOKENS)).tolist()
 
     def run() -> int:

@@ -99,7 +99,10 @@ def plan(most: int) -> list[Run]:
     usual = min(most, 32_768)
     best = Run(f"model, {most}", "model", most)
     runs = [best] + [Run(f"model, {size}", "model", size) for size in SIZES if size < most]
-    sizes_of = {"reader": ({}, {"queries": 4}, {"width": 128}), "side": ({}, {"width": 32}, {"width": 96, "depth": 4})}
+    sizes_of: dict[str, list[dict[str, int]]] = {
+        "reader": [{}, {"queries": 4}, {"width": 128}],
+        "side": [{}, {"width": 32}, {"width": 96, "depth": 4}],
+    }
     for kind, sizes in ((kind, sizes) for kind, several in sizes_of.items() for sizes in several):
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
         # A teacher's 20 candidates at each of four states are as many rows again as the response has.
