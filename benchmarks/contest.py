@@ -25,7 +25,7 @@ from benchmarks.record import circumstances, write
 from benchmarks.value_quality import MAX_TOKENS, OPENINGS, REWARD, value_folder
 
 # Method and the weight β of the divergence.
-POLICIES = ("dpo:1", "dpo:0.1", "rloo:0.1", "rloo:0.02", "grpo:0.3", "grpo:0.02")
+POLICIES = ("dpo:1", "dpo:0.1", "rloo:0.1", "grpo:0.3")
 NAME = "vader-pos-neg"
 # In standard deviations of the reward, for the values; the rivals' own scales are theirs.
 WEIGHTS = (1, 2, 3.5, 5, 7, 10, 12)
@@ -53,15 +53,17 @@ def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     evaluate = [sys.executable, "-m", "vas_engine.cli", "evaluate", model, "--prompts", str(out / "openings.txt")]
     evaluate += ["--reward", REWARD, *values, *policies, "--method", "vas", *args.method]
     evaluate += ["--weights", *map(str, WEIGHTS), "--samples", str(args.samples), "--max-tokens", str(MAX_TOKENS)]
-    evaluate += ["--rollouts", str(study / "rollouts"), "--max-num-seqs", "256", "--out", str(out / "results")]
+    # As many fresh samples tell what plain decoding costs.
+    evaluate += ["--rollouts", str(study / "rollouts"), "--pool", "128", "--max-num-seqs", "256"]
+    evaluate += ["--out", str(out / "results")]
     plan.append((out / "results", evaluate))
     return plan
 
 
-def run(folder: Path | None, command: Sequence[str]) -> float | None:
-    """Run a step, its own bars and errors shown, and return its seconds; None where its folder is there already."""
+def run(folder: Path | None, command: Sequence[str]) -> float:
+    """Run a step, its own bars and errors shown, and return its seconds; 0 where its folder is there already."""
     if folder is not None and folder.exists():
-        return None
+        return 0.0
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     start = time.monotonic()
     status = subprocess.run(command).returncode
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--policies", nargs="*", default=POLICIES, metavar="METHOD:BETA", help=f"fine-tuned ({' '.join(POLICIES)})")
     add("--steps", type=int, default=200, help="updates of each fine-tuning (200)")
     add("--lr", default="5e-4", help="peak learning rate of each (5e-4)")
-    add("--method", nargs="*", default=["args", "fudge", "blockwise"], help="rivals at decoding (args fudge blockwise)")
+    add("--method", nargs="*", default=["args", "blockwise"], help="rivals at decoding (args blockwise)")
     add("--env", help="environment of TRL, as benchmarks.finetune takes it")
     add("--json", type=Path, metavar="FILE", help="write the results there as well, and the plot beside")
     args = parser.parse_args(argv)
@@ -107,11 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def carry_out(out: Path, plan: Sequence[tuple[Path | None, list[str]]]) -> list[float | None]:
-    """Run the steps of a plan, in a folder that has the openings; seconds of each."""
+def carry_out(out: Path, plan: Sequence[tuple[Path | None, list[str]]]) -> dict[str, float]:
+    """Run the steps of a plan, in a folder that has the openings; seconds of each, over all the times it was begun."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "openings.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
-    return [run(folder, command) for folder, command in plan]
+    kept = out / "seconds.json"
+    seconds: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    for folder, command in plan:
+        name = folder.name if folder else command[2]
+        seconds[name] = seconds.get(name, 0.0) + run(folder, command)
+        kept.write_text(json.dumps(seconds, indent=2) + "\n", encoding="utf-8")
+    return seconds
 
 
 def places_of(out: Path, model: Path) -> dict[str, str]:
@@ -120,11 +128,11 @@ def places_of(out: Path, model: Path) -> dict[str, str]:
 
 
 def summary(
-    plan: Sequence[tuple[Path | None, list[str]]], seconds: Sequence[float | None], places: Mapping[str, str]
+    plan: Sequence[tuple[Path | None, list[str]]], seconds: Mapping[str, float], places: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What results begin with: circumstances, commands, and seconds of those that ran this time."""
+    """What results begin with: circumstances, commands, and what each took."""
     commands = [portable(shlex.join(command), places) for _, command in plan]
-    return {"circumstances": circumstances(), "commands": commands, "seconds": list(seconds)}
+    return {"circumstances": circumstances(), "commands": commands, "seconds": dict(seconds)}
 
 
 def read_evaluation(folder: Path, places: Mapping[str, str]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The contest's plan; its steps are commands that have tests of their own."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.contest import POLICIES, main, run, steps
+from benchmarks.contest import POLICIES, carry_out, main, run, steps
 from benchmarks.value_quality import main as study
+from tests.conftest import shared_model
 from vas_engine.commands.evaluate import add_parser
 
 
@@ -43,14 +45,36 @@ def test_what_is_not_wanted_is_left_out(tmp_path):
 
 def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_ends_it(tmp_path):
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
-    assert run(tmp_path, failing) is None
-    seconds = run(tmp_path / "missing", [sys.executable, "-c", ""])
-    assert seconds is not None
-    assert seconds > 0
+    assert run(tmp_path, failing) == 0.0
     with pytest.raises(SystemExit, match="3"):
         run(tmp_path / "missing", failing)
     with pytest.raises(SystemExit, match="3"):
         run(None, failing)
+
+
+def test_seconds_add_up_over_what_was_begun_again(tmp_path):
+    made = tmp_path / "made"
+    plan = [
+        (made, [sys.executable, "-c", f"import pathlib; pathlib.Path({str(made)!r}).mkdir()"]),
+        (None, [sys.executable, "-c", ""]),
+    ]
+    once, twice = carry_out(tmp_path, plan), carry_out(tmp_path, plan)
+    assert 0 < once["made"] == twice["made"]
+    assert 0 < once[""] < twice[""]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_small_contest_from_nothing(tmp_path):
+    """What is trained can be decoded in all the ways that are asked for by default."""
+    model, out = shared_model("stories260K"), tmp_path / "out"
+    sizes = ["--rollouts", "1024", "--samples", "1", "--pupils", "side, distilled", "--policies"]
+    assert main([str(model), "--out", str(out), *sizes, "--json", str(tmp_path / "contest.json")]) == 0
+    found = json.loads((tmp_path / "contest.json").read_text())
+    [section] = found["sections"]
+    methods = {point["method"] for point in section["points"]}
+    assert {f"{method} {value}" for method in ("vas", "args", "blockwise") for value in ("model", "side")} <= methods
+    assert all(seconds > 0 for seconds in found["seconds"].values())
 
 
 def test_a_contest_stops_where_a_step_fails(tmp_path, capfd):
