@@ -53,9 +53,9 @@ def steps(args: argparse.Namespace) -> list[tuple[Path | None, list[str]]]:
     evaluate = [sys.executable, "-m", "vas_engine.cli", "evaluate", model, "--prompts", str(out / "openings.txt")]
     evaluate += ["--reward", REWARD, *values, *policies, "--method", "vas", *args.method]
     evaluate += ["--weights", *map(str, WEIGHTS), "--samples", str(args.samples), "--max-tokens", str(MAX_TOKENS)]
-    # As many fresh samples tell what plain decoding costs.
-    evaluate += ["--rollouts", str(study / "rollouts"), "--pool", "128", "--max-num-seqs", "256"]
-    evaluate += ["--out", str(out / "results")]
+    # Beside rollouts fresh samples only tell what plain decoding costs.
+    pool = ["--pool", str(args.pool)] if args.pool else ["--rollouts", str(study / "rollouts"), "--pool", "128"]
+    evaluate += [*pool, "--max-num-seqs", "256", "--out", str(out / "results")]
     plan.append((out / "results", evaluate))
     return plan
 

@@ -15,7 +15,7 @@ from vas_engine.commands.evaluate import add_parser
 
 def make_plan(out, **changes):
     given = {"rollouts": 4096, "steps": 10, "env": None, "method": ["args"], "samples": 8, "pupils": None}
-    given |= {"policies": POLICIES, "lr": "5e-4"}
+    given |= {"policies": POLICIES, "lr": "5e-4", "pool": None}
     return steps(argparse.Namespace(out=out, model=Path("model"), **given | changes))
 
 
@@ -37,10 +37,10 @@ def test_what_is_decoded_is_what_was_made(plan, tmp_path):
 
 
 def test_what_is_not_wanted_is_left_out(tmp_path):
-    (_, train), (_, evaluate) = make_plan(tmp_path, policies=[], pupils=["side, distilled"])
+    (_, train), (_, evaluate) = make_plan(tmp_path, policies=[], pupils=["side, distilled"], pool=64)
     assert train[train.index("--only") + 1 : train.index("--no-decoding")] == ["model, 4096", "side, distilled"]
     assert [entry.partition("=")[0] for entry in evaluate if "values" in entry] == ["model", "side"]
-    assert "--policy" not in evaluate
+    assert not {"--policy", "--rollouts"} & set(evaluate)
 
 
 def test_a_step_that_is_done_is_not_done_again_and_one_that_fails_ends_it(tmp_path):
