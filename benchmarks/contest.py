@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, help="folder of all that is made")
     add("--rollouts", type=int, default=131_072, metavar="N", help="samples of the base (131072)")
     add("--samples", type=int, default=64, help="decoded for each opening and point (64)")
+    add("--pool", type=int, metavar="N", help="best-of-n by so many fresh samples of an opening, not by all rollouts")
     add(
         "--pupils",
         nargs="*",
