@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_the_triton_kernels_fit_the_benchmark(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script, *options],
         cwd=gpu_check.ROOT,
-        env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
     )

@@ -373,8 +373,9 @@ def _means(points: Sequence[Point], *rewards: str) -> list[list[float]]:
 
 
 def _styled(section: Section) -> Iterator[tuple[list[Point], str, str]]:
-    for method, points in section.curves.items():
-        yield points, "o-", method
+    for index, (method, points) in enumerate(section.curves.items()):
+        # Colours come again after ten.
+        yield points, "o^vD"[index // 10 % 4] + "-", method
     if section.best:
         yield section.best, "s--", "best-of-n (KL: upper bound)"
 
