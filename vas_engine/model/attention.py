@@ -5,18 +5,15 @@ that the mask interface does not know skips that work, and the rows' batch says 
 state hangs on the attention modules, so any number of models can be loaded side by side.
 
 Compiled code calls the same paged attention as an operator, ``vas_engine::paged_attention``, that the compiler
-does not look into. Only numbers reach an operator: it finds the state by the handle that comes along, a tensor,
-so that no model's own number is written into the code and models of one shape share what is compiled.
+does not look into. It finds the state by the handle that comes along, so models of one shape share what is compiled.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +24,7 @@ from vas_engine.errors import UnsupportedModelError, VASError
 from vas_engine.model.backend import PagedLayer
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.branches import Branches, branch_attention
+from vas_engine.model.handles import find, handle_of
 
 IMPLEMENTATION = "vas_engine"
 _STATE = "_vas_layer"
@@ -46,10 +44,6 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-
-_numbers = itertools.count()
-_states: WeakValueDictionary[int, AttentionState] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -99,9 +93,7 @@ class AttentionState:
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.probed: list[Probed] = []
         self.layers: list[LayerState] = []
-        number = next(_numbers)
-        _states[number] = self
-        self.handle = torch.tensor(number)
+        self.handle = handle_of(self)
 
     @contextmanager
     def running(
@@ -186,7 +178,7 @@ def _operator(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, handle: torch.Tensor, layer: int
 ) -> torch.Tensor:
     """query [1, H, R, D], key and value [1, KVH, R, D] -> a tensor of its own, [1, R, H, D]."""
-    state = _states[int(handle)]
+    state: AttentionState = find(handle)
     if state.batch is None:
         return torch.zeros_like(query).transpose(1, 2).contiguous()
     if state.batch.has_unslotted:

@@ -110,9 +110,15 @@ class FitConfig:
         `consistency`."""
         lam = self.lam if self.lam is not None else (CRITIC_LAM if partial else 1.0)
         ema = self.ema if self.ema is not None else (0.99 if lam < 1 else 0.0)
-        critic = partial and (lam < 1 or self.increments > 0)
-        consistency = self.consistency if self.consistency is not None else (CRITIC_CONSISTENCY if critic else 0.0)
-        return replace(self, lam=lam, ema=ema, consistency=consistency)
+        found = replace(self, lam=lam, ema=ema)
+        if self.consistency is not None:
+            return found
+        return replace(found, consistency=CRITIC_CONSISTENCY if partial and found.asks_critic else 0.0)
+
+    @property
+    def asks_critic(self) -> bool:
+        """Whether a critic of partial rewards would be asked for anything."""
+        return self.lam != 1.0 or self.increments > 0
 
     @property
     def cache_bytes(self) -> int:

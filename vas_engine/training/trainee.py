@@ -56,7 +56,7 @@ class Trainee:
             teacher.columns(self.heads)
         self.shares = [self._teacher_share(index) for index in range(len(names))]
         self.critic: Critic | None = None
-        if self._learns_returns and partial and (self.lam != 1.0 or self.config.increments > 0):
+        if self._learns_returns and partial and self.config.asks_critic:
             self.critic = Critic(network, rollouts, names, config.seed)
         # Of the returns' errors.
         scales = torch.tensor([head.scale for head in network.config.heads], device=base.device)

@@ -1,27 +1,23 @@
 """What a value network computes, through torch.compile.
 
 As in the base model's compiled code attention is an operator that the compiler does not look into; it finds what the
-rows see by the number that comes along in a tensor.
+rows see by the handle that comes along.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from vas_engine.model.compiled import CompiledFunction
+from vas_engine.model.handles import find, handle_of
 from vas_engine.values.layers import PagedAttention
 
 if TYPE_CHECKING:
     from vas_engine.model.lm import CausalLM
     from vas_engine.values.network import ServedWeights
-
-_numbers = itertools.count()
-_networks: WeakValueDictionary[int, CompiledWeights] = WeakValueDictionary()
 
 
 class CompiledWeights:
@@ -35,11 +31,9 @@ class CompiledWeights:
     """
 
     def __init__(self, served: ServedWeights, lm: CausalLM, states: int, width: int) -> None:
-        self.version, self.heads = served.version, served.heads
-        number = next(_numbers)
-        _networks[number] = self
-        handle = torch.tensor(number)
+        self.version = served.version
         self.attention: PagedAttention | None = None
+        handle = handle_of(self)
 
         def project(given: Tensor) -> Tensor:
             return served.project(given[0])[None]
@@ -90,7 +84,7 @@ class _OperatorAttention(PagedAttention):
 
 def _operator(q: Tensor, k: Tensor | None, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
     """q [R, H, D], k and v [R, KVH, D] or None -> a tensor of its own, [R, H, D]."""
-    attention = _networks[int(handle)].attention
+    attention: PagedAttention | None = find(handle).attention
     if attention is None:  # while code is compiled
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     if k is not None and v is not None and attention.batch.has_unslotted:
