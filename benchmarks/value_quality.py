@@ -99,11 +99,14 @@ def plan(most: int) -> list[Run]:
     usual = min(most, 32_768)
     best = Run(f"model, {most}", "model", most)
     runs = [best] + [Run(f"model, {size}", "model", size) for size in SIZES if size < most]
-    sizes_of: dict[str, list[dict[str, int]]] = {
-        "reader": [{}, {"queries": 4}],
-        "side": [{}, {"width": 32}, {"width": 96, "depth": 4}],
-    }
-    for kind, sizes in ((kind, sizes) for kind, several in sizes_of.items() for sizes in several):
+    networks: list[tuple[str, dict[str, int]]] = [
+        ("reader", {}),
+        ("reader", {"queries": 4}),
+        ("side", {}),
+        ("side", {"width": 32}),
+        ("side", {"width": 96, "depth": 4}),
+    ]
+    for kind, sizes in networks:
         label = f"{kind} {' '.join(f'{key} {value}' for key, value in sizes.items())}".strip()
         # A teacher's 20 candidates at each of four states are as many rows again as the response has.
         runs.append(Run(f"{label}, distilled", kind, usual // 2, {"teacher_positions": 4}, sizes, teacher=best.name))

@@ -1,16 +1,15 @@
 """LLM end to end: batches, streams, chats, bad requests among good ones, Ctrl-C, memory."""
 
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import vas_engine
+from tests.conftest import shared_model
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
 from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, ValueArtifactError
@@ -19,7 +18,6 @@ from vas_engine.values.artifact import save_value
 from vas_engine.values.config import default_config
 from vas_engine.values.network import ValueNetwork
 
-SHARED = Path(os.environ.get("VAS_SHARED", Path(__file__).parents[2] / "shared"))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 TEMPLATE = TURNS + "{% if add_generation_prompt %}[bot]{% endif %}"
@@ -484,10 +482,7 @@ def test_many_requests_in_a_small_cache_all_finish():
 
 @pytest.mark.parametrize("model", ["stories3M", "stories260K"])
 def test_real_model(model):
-    folder = SHARED / "models" / model
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    llm = LLM(folder, device="cpu", max_num_seqs=4)
+    llm = LLM(shared_model(model), device="cpu", max_num_seqs=4)
     outputs = llm.generate(["Once upon a time", "One day"], SamplingParams(temperature=0.0, max_tokens=40))
     for output in outputs:
         ids = output.prompt_token_ids + output.outputs[0].token_ids

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.value_quality import OPENINGS, RECIPE, main, plan, unseen, value_folder
-from tests.conftest import SHARED
+from tests.conftest import shared_model
 from vas_engine.training.batches import split
 from vas_engine.training.config import FitConfig
 from vas_engine.training.rollouts import Header, Rollout, Rollouts
@@ -36,9 +36,7 @@ def test_values_are_judged_on_what_none_has_learnt_from(part):
 
 @pytest.mark.slow
 def test_a_reward_of_yes_or_no_from_nothing(tmp_path, capsys):
-    model = SHARED / "models" / "stories260K"
-    if not model.is_dir():
-        pytest.skip(f"needs {model}")
+    model = shared_model("stories260K")
     runs = ["model, 256", "model, 256, two atoms"]
     command = [str(model), "--out", str(tmp_path / "study"), "--json", str(tmp_path / "found.json")]
     command += ["--reward", "mother=benchmarks.composition:mother", "--rollouts", "256", "--responses", "2"]
