@@ -303,7 +303,10 @@ class EmulatedDevice(TorchDispatchMode):
             t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
         )):  # fmt: skip
             return self._read_back(func, name, args, kwargs)
-        return self._run(func, name, args, kwargs)
+        found = self._run(func, name, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and self.capturing is None:
+            self._work_off(self.place)  # host and device share a generator, which is asked in the order of the program
+        return found
 
     def _on_host(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if name in ("_pin_memory", "pin_memory"):

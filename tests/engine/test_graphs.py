@@ -1,7 +1,7 @@
 """Decode steps over fixed tensors, as graphs hold them, against the engine's ordinary steps.
 
 On a CPU a graph is the function itself, run again on the same tensors. What a GPU would hold fast (numbers that the
-host read, tensors made anew) is held fast by a recorder of operators and launches in place of the capture.
+host read, tensors made anew), and what it would do late, an emulated device does too.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
+from tests.emulation import emulated
 from tests.engine.conftest import distributional, drain, engine, llama, network, tokens
-from tests.engine.recorder import RecordedGraphs
-from vas_engine.engine import engine as engine_module
-from vas_engine.engine.decode import BlockTables, bucket
+from vas_engine.engine.decode import bucket
+from vas_engine.engine.decode_step import BlockTables
 from vas_engine.engine.event import TokenEvent
 from vas_engine.engine.sequence import Sequence
 from vas_engine.model import CausalLM
@@ -30,7 +30,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module")
 def networks(lm) -> dict:
-    kinds = {"a": ("action", None), "r": ("reader", None), "s": ("side", HEADS), "m": ("model", None)}
+    kinds = {
+        "a": ("action", None), "r": ("reader", None), "s": ("side", HEADS), "m": ("model", None),
+        "l": ("lookahead", HEADS[:2]), "k": ("side-lookahead", None),
+    }  # fmt: skip
     return {name: network(kind, lm, heads, seed=i) for i, (name, (kind, heads)) in enumerate(kinds.items())}
 
 
@@ -42,8 +45,10 @@ def ask(rng: random.Random, names: list[str], limited: bool) -> SamplingParams:
             [{"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"logit_bias": {3: 1.0}},
              {"min_tokens": 3}, {"return_hidden_states": True}, {"n": 2}]
         )  # fmt: skip
+    # Values that look ahead go with those of a model of its own, but not with those that read the state before.
+    some = rng.choice([[n for n in names if n[0] not in "lk"], [n for n in names if n[0] in "lkm"]])
     return SamplingParams(
-        values={name: rng.uniform(-2, 2) for name in names if rng.random() < 0.3},
+        values={name: rng.uniform(-2, 2) for name in some if rng.random() < 0.4},
         num_candidates=rng.choice([1, 3, 8, 20]),
         max_tokens=rng.randrange(1, 36),
         temperature=rng.choice([0.0, 0.8, 1.0]),
@@ -217,8 +222,8 @@ def test_a_step_ahead_is_launched_before_the_last_is_read(lm, networks) -> None:
     def noted(works, behind=None):
         flight = launch(works, behind)
         if flight is not None:
-            read = flight.read
-            flight.read = lambda: (order.append("read"), read())[1]
+            ((own, read),) = flight.parts
+            flight.parts = [(own, lambda: (order.append("read"), read())[1])]
             order.append("launch")
         return flight
 
@@ -235,6 +240,23 @@ def test_a_step_ahead_is_launched_before_the_last_is_read(lm, networks) -> None:
     assert order.count("launch") == order.count("read") == 8
     running.scheduler.check()
     assert running.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("value", ["r", "l"])
+def test_steps_ahead_keep_count_of_what_is_computed(lm, networks, value: str) -> None:
+    """With lookahead the winner's K/V are there at once, without it a step later."""
+    running = engine(lm, {value: networks[value]}, graphs=True)
+    names = running.value_names
+    for i in range(3):
+        params = SamplingParams(values={names[0]: 1.0} if i else {}, seed=i, max_tokens=12, ignore_eos=True)
+        running.add_request(str(i), [i + 1, 2], params)
+    seen = 0
+    while running.has_unfinished:
+        running.step()
+        for sequence in running.scheduler.running:
+            seen += running.stats.graph_steps > 1
+            assert sequence.num_computed == len(sequence.token_ids) - (not sequence.lookahead)
+    assert seen > 20
 
 
 def test_the_latest_value_is_the_baseline_of_a_step_ahead(lm, networks) -> None:
@@ -281,7 +303,7 @@ def test_graphs_captured_beforehand_serve(lm, networks) -> None:
             events += drain(running)
         results.append(events)
     assert_same(results[1], results[0])
-    assert len(running.graphs) == known == 6 * 9  # plain, four networks, all of them; nine sizes
+    assert len(running.graphs) == known == 8 * 9  # plain, six networks, all that do not look ahead; nine sizes
 
 
 def test_tables_follow_their_sequences() -> None:
@@ -310,46 +332,46 @@ def test_buckets() -> None:
     assert sizes == sorted(sizes)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="stands for the capture of a GPU")
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+@pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize(
     "values",
     [
         pytest.param({}, id="plain"),
         pytest.param({"r": 1.0, "s.of9": -1.5}, id="guided"),
+        pytest.param({"l": 2.0}, id="lookahead"),
+        pytest.param({"k": 2.0, "m": 1.0}, id="lookahead of its own", marks=pytest.mark.slow),
         pytest.param({"m": 2.0}, id="model", marks=pytest.mark.slow),
     ],
 )
-def test_what_a_capture_would_hold_fast(values: dict[str, float], monkeypatch) -> None:
-    """The Triton backend's steps, recorded once a bucket and replayed without any of the engine's code."""
+def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
+    """The Triton backend's steps on an emulated device, beside those of a CPU."""
     pytest.importorskip("triton")
     kinds = {"r": ("reader", None), "s": ("side", HEADS), "m": ("model", None)}
+    kinds |= {"l": ("lookahead", None), "k": ("side-lookahead", None)}
     kinds = {name: kind for name, kind in kinds.items() if any(value.startswith(name) for value in values)}
-    made = []
 
-    def record(device):
-        made.append(RecordedGraphs(device))
-        return made[-1]
-
-    events = []
-    for graphs in (False, True):
-        monkeypatch.setattr(engine_module, "Graphs", record)
-        lm = CausalLM.load(llama(layers=2).model, device="cpu", attention_backend="triton" if graphs else "reference")
+    def found(device: str, graphs: bool) -> list[TokenEvent]:
+        lm = CausalLM.load(llama(layers=2).model, device=device, attention_backend="triton" if graphs else "reference")
         nets = {name: network(kind, lm, heads, seed=i) for i, (name, (kind, heads)) in enumerate(kinds.items())}
         running = engine(lm, nets, graphs=graphs)
-        found = []
+        events = []
         for i in range(2):
             params = SamplingParams(
                 values=values if i else {}, num_candidates=3, seed=i, max_tokens=3 + 2 * i, ignore_eos=True,
                 prune=False, top_k=7 if i and not values else 0,
             )  # fmt: skip
             running.add_request(str(i), [i + 1, 2], params)
-        found += drain(running)
+        events += drain(running)
         if "r" in values:  # trained further: what was made of the weights must be made anew
             with torch.no_grad():
                 nets["r"].embed_weight.mul_(-1)
         running.add_request("late", [4, 2], params.replace(top_k=0, max_tokens=3))
-        events.append(found + drain(running))
-    assert_same(events[1], events[0])
-    (recorded,) = made
-    assert recorded.replays > len(running.graphs)  # some graph served more than once
-    assert running.stats.graph_steps > 1
+        events += drain(running)
+        assert not graphs or running.stats.graph_steps > 1
+        return events
+
+    wanted = found("cpu", False)
+    with emulated(late) as device:
+        assert_same(found("cuda", True), wanted)
+    assert device.replays > len(device.graphs)  # some graph served more than once

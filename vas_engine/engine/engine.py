@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.controls import gather, has_penalties, knobs
 from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
+from vas_engine.engine.decode_step import Drawn
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
 from vas_engine.engine.guide import Decision, Guide, Hidden
 from vas_engine.engine.memory import free_memory
@@ -240,7 +241,7 @@ class Engine:
         eos = () if params.ignore_eos else self.lm.eos_token_ids
         sequence.end_ids = frozenset(eos) | frozenset(params.stop_token_ids or ())
         sequence.all_needed = params.exact or params.baseline == "candidate-mean"
-        sequence.unfit = unfit(params, sequence.lookahead)
+        sequence.unfit = unfit(params, sequence.lookahead, sequence.reads_before)
         return sequence
 
     def cancel(self, request_id: str) -> None:
@@ -413,7 +414,6 @@ class Engine:
         if flight is not None:
             self.stats.steps += 1
             self.stats.graph_steps += 1
-            self.stats.model_rows += len(works)
         return flight
 
     def _advance_flight(self, events: list[TokenEvent]) -> bool:
@@ -440,24 +440,40 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return
-        drawn = flight.read()
-        sequences = [work.sequence for work in flight.works]
+        for works, read in flight.parts:
+            self._take_in(works, read(), events)
+
+    def _take_in(self, works: list[Work], drawn: Drawn, events: list[TokenEvent]) -> None:
+        """What was drawn for some sequences of a step."""
+        sequences = [work.sequence for work in works]
         guided = np.array([bool(s.networks) for s in sequences])
         evaluated = np.where(guided, drawn.count, 0)
+        following = drawn.following
+        self.stats.model_rows += len(works) if following is None else int(evaluated.sum())
         self.stats.value_rows += int(evaluated.sum())
         # Others have ended since it was launched.
         live = np.array([s.is_running for s in sequences], bool)
-        for work in flight.works:
-            self.scheduler.computed(work)
+        if following is None:
+            for work in works:
+                self.scheduler.computed(work)
         fine = drawn.winners.column >= 0
         self._drop_failed(sequences, drawn.finite | ~live, "logits", events)
         self._drop_failed(sequences, fine | ~drawn.finite | ~live, "values", events)
+        self._note_prompts([s for s, alive in zip(sequences, live, strict=True) if alive])
         for i in np.flatnonzero(fine & live).tolist():
             sequence = sequences[i]
             if guided[i]:
                 sequence.state_values, sequence.utilities = drawn.values[i], drawn.utilities[i]
                 sequence.filled = len(sequence.token_ids) + 1
             events.append(self._accept(sequence, drawn.winners, i, int(evaluated[i])))
+        if following is not None:
+            for i in np.flatnonzero(fine & live).tolist():
+                sequences[i].pending = sequences[i].selection = None
+                self.scheduler.computed(works[i])
+            live = np.array([s.is_running for s in sequences], bool)
+            self._drop_failed(sequences, following.finite | ~live, "logits", events)
+            for i in np.flatnonzero(following.finite & live).tolist():
+                _await(sequences[i], following, i)
 
     # -- choosing --------------------------------------------------------------------------------------------
 
@@ -484,9 +500,8 @@ class Engine:
             before = {j: states[index] for j, states in hidden.items()}
         wait = np.array([s.lookahead for s in ready], bool) & fine
         for i in np.flatnonzero(wait).tolist():
-            sequence, count = ready[i], int(selection.count[i])
-            sequence.pending = selection.token_ids[i, :count].copy()
-            sequence.selection = _pick(selection, np.array([i]), count)
+            sequence = ready[i]
+            _await(sequence, selection, i)
             sequence.carry = {j: states[i] for j, states in before.items()} if sequence.reads_before else None
         now = np.flatnonzero(~wait & fine)
         if len(now):
@@ -552,9 +567,7 @@ class Engine:
         guided = np.array([bool(s.networks) for s in sequences])
         needed = np.zeros(selection.token_ids.shape, bool)
         limited = np.zeros(len(sequences), bool)
-        for sequence in sequences:
-            if sequence.networks and len(sequence.token_ids) == sequence.prompt_len:
-                sequence.prompt_values = sequence.state_values
+        self._note_prompts(sequences)
         if guided.any():
             users = [s for s in sequences if s.networks]
             part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
@@ -582,6 +595,12 @@ class Engine:
             if event.finish_reason is not None:
                 result[i] = -1
         return result
+
+    def _note_prompts(self, sequences: Seq[Sequence]) -> None:
+        """V of the prompts that have been read, before their first tokens' take its place."""
+        for sequence in sequences:
+            if sequence.networks and len(sequence.token_ids) == sequence.prompt_len:
+                sequence.prompt_values = sequence.state_values
 
     def _needed(self, users: list[Sequence], selection: Selection, lookahead: bool) -> np.ndarray:
         if lookahead:
@@ -782,7 +801,14 @@ def _take(sequence: Sequence) -> torch.Tensor | None:
     return torch.cat(parts) if parts else None
 
 
-def _pick(selection: Selection, index: np.ndarray, width: int | None = None) -> Selection:
+def _await(sequence: Sequence, selection: Selection, i: int) -> None:
+    """Line `i` of a selection are the candidates that the sequence's next step is to look at."""
+    count = int(selection.count[i])
+    sequence.selection = _pick(selection, slice(i, i + 1), count)
+    sequence.pending = sequence.selection.token_ids[0]
+
+
+def _pick(selection: Selection, index: np.ndarray | slice, width: int | None = None) -> Selection:
     return Selection(
         token_ids=selection.token_ids[index, :width],
         log_probs=selection.log_probs[index, :width],

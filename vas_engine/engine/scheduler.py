@@ -202,14 +202,18 @@ class Scheduler:
         return plan
 
     def follow(self, sequences: Iterable[Sequence]) -> list[Work] | None:
-        """Plans the step behind one of single tokens whose winners are not known yet: each of these goes on by one.
+        """Plans the step behind one whose winners are not known yet: each of these sequences goes on by one token.
 
         Allocates what it writes to. None where that step must wait for the winners: there are no blocks without taking
         somebody's, a waiting sequence has its turn, or one that runs is not among these or still in its prompt.
         """
         works, needed, blocks = [], [], 0
         for sequence in sequences:
-            works.append(Work(sequence, len(sequence.token_ids), 1, True))
+            length = len(sequence.token_ids)
+            if sequence.pending is None:
+                works.append(Work(sequence, length, 1, True))
+            else:
+                works.append(Work(sequence, length + 1, sequence.rows_per_token, True, True))
             needed.append(self._reach(sequence, ahead=1))
             blocks += max(0, self.blocks.blocks_for(needed[-1]) - len(sequence.block_table))
         if blocks > self.blocks.num_free or (self._waiting and self._has_turn(self._waiting[0])):

@@ -1,0 +1,481 @@
+"""Steps over fixed tensors, from what the sequences' last tokens are to their next ones without the host in between.
+
+A GPU keeps them as CUDA graphs: the host fills in numbers, replays, and reads the winners. Rows that fill up a bucket
+write to a block of pages that no sequence owns.
+
+A sequence without lookahead goes from its last token through the base model, the selection of candidates and the value
+networks to the next token. With lookahead it starts in between: the candidates that the step before selected go through
+the base model, and the one that wins is at once the row from whose logits the next ones are selected.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vas_engine.engine.controls import KEEP_TAIL, TEMPERATURE
+from vas_engine.engine.guide import Hidden, Network, concatenate
+from vas_engine.engine.rows import slot
+from vas_engine.engine.sequence import Sequence
+from vas_engine.kernels.reference import MAX_CANDIDATES, SETTINGS, SelectionTensors, ValueSettings, WinnerTensors
+from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.graphs import Exchange
+from vas_engine.model.lm import ForwardOutput
+from vas_engine.model.transfer import Packed
+from vas_engine.sampling import Selection, Winners, select_on_device
+
+if TYPE_CHECKING:
+    from vas_engine.engine.decode import DecodeGraphs
+
+Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_SELECTION: dict[str, tuple[bool, torch.dtype, float]] = {
+    "token_ids": (True, torch.int64, -1),
+    "log_probs": (True, torch.float64, -np.inf),
+    "noise": (True, torch.float64, 0.0),
+    "count": (False, torch.int64, 0),
+    "tail": (False, torch.int64, -1),
+    "tail_log_mass": (False, torch.float64, -np.inf),
+    "finite": (False, torch.bool, False),
+}
+"""Fields of a selection: whether they have columns, their dtype, and what stands where there is nothing."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What a step drew for S sequences.
+
+    Attributes:
+        finite: bool [S], False where the logits that it drew from are not.
+        count: int64 [S], candidates that were scored.
+        values, utilities: float32 [S, values], of the winners.
+        following: candidates of the next token, of sequences that look ahead.
+    """
+
+    winners: Winners
+    finite: np.ndarray
+    count: np.ndarray
+    values: np.ndarray
+    utilities: np.ndarray
+    following: Selection | None = None
+
+
+class BlockTables:
+    """Block tables of a step's sequences, one row each, that all steps share. They are long and seldom change.
+
+    Attributes:
+        device: int32 [rows, blocks]; behind the sequences' rows, and behind their blocks, blocks of former ones.
+    """
+
+    def __init__(self, rows: int, blocks: int, device: torch.device) -> None:
+        fields: Fields = {"tables": ((rows, blocks), torch.int32)}
+        self._exchange = Exchange(fields, device)
+        self.device = self._exchange.device["tables"]
+        # Whose row it is, how often that one had been preempted, and how many of its blocks are there.
+        self._known: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * rows
+
+    def bring(self, sequences: Seq[Sequence]) -> None:
+        """Their tables to the device, as far as they are not there."""
+        host, known = self._exchange.host["tables"], self._known
+        news = []
+        for i, sequence in enumerate(sequences):
+            owner, preemptions, blocks = known[i]
+            # Tables only grow, unless their sequence was preempted.
+            if owner is not sequence or preemptions != sequence.num_preemptions:
+                blocks = 0
+            if blocks < len(sequence.block_table):
+                news.append((i, blocks, sequence.block_table))
+                known[i] = sequence, sequence.num_preemptions, len(sequence.block_table)
+        if news:
+            self._exchange.wait()
+            for i, start, table in news:
+                host[i, start : len(table)] = table[start:]
+            self._exchange.send(host[: len(sequences)].nbytes)
+
+
+class Lane:
+    """What steps of one kind leave on the device for the next one, which may not wait for the host to read it.
+
+    Attributes:
+        tables: of the step's sequences.
+        tokens: int64 [size], the last winners.
+        utilities: float32 [size, values], U of the states that they lead to.
+        selection: candidates of the next tokens, as wide as there may be.
+    """
+
+    def __init__(self, size: int, blocks: int, values: int, device: torch.device) -> None:
+        self.tables = BlockTables(size, blocks, device)
+        self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.utilities = torch.zeros(size, values, device=device)
+        shapes = {True: (size, MAX_CANDIDATES + 1), False: (size,)}
+        fields = {
+            name: torch.full(shapes[wide], empty, dtype=dtype, device=device)
+            for name, (wide, dtype, empty) in _SELECTION.items()
+        }
+        self.selection = SelectionTensors(**fields)
+
+    def keep(self, selection: SelectionTensors) -> None:
+        """Notes the selection of the first sequences; the next step asks for no more columns than it has."""
+        for name, (wide, _, _) in _SELECTION.items():
+            kept, found = getattr(self.selection, name), getattr(selection, name)
+            (kept[: len(found), : found.shape[1]] if wide else kept[: len(found)]).copy_(found)
+
+    def kept(self, place: torch.Tensor, carried: torch.Tensor, given: Mapping[str, torch.Tensor]) -> SelectionTensors:
+        """The selection of S sequences: noted at `place` (int64 [S]) where `carried` (bool [S]), elsewhere `given`."""
+        fields = {}
+        for name, (wide, _, _) in _SELECTION.items():
+            noted = getattr(self.selection, name)[place]
+            noted = noted[:, : given[name].shape[1]] if wide else noted
+            fields[name] = torch.where(carried[:, None] if wide else carried, noted, given[name]).contiguous()
+        return SelectionTensors(**fields)
+
+
+class _Step(ABC):
+    """A step of up to `size` sequences over tensors of its own."""
+
+    def __init__(self, owner: DecodeGraphs, lane: Lane, size: int, fields: Fields) -> None:
+        self.owner, self.lane, self.size = owner, lane, size
+        i64, i32 = torch.int64, torch.int32
+        places: Fields = {
+            "tokens": ((size,), i64),
+            "positions": ((size,), i64),
+            "slots": ((size,), i64),
+            "prefix_lens": ((size,), i32),
+        }
+        self.inputs = Exchange(places | fields, owner.lm.device)
+        self._offsets = torch.arange(size + 1, dtype=i32, device=owner.lm.device)
+        self._replay: Callable[[], None] | None = None
+
+    def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
+        """Tokens and places of the sequences, `ahead` of the last one known; behind them rows that nobody reads."""
+        self.inputs.wait()
+        host, count, block_size = self.inputs.host, len(sequences), self.owner.block_size
+        for i, sequence in enumerate(sequences):
+            position = len(sequence.token_ids) - 1 + ahead
+            host["tokens"][i], host["positions"][i] = sequence.token_ids[-1], position
+            host["slots"][i] = slot(sequence, position, block_size)
+        self.lane.tables.bring(sequences)
+        host["prefix_lens"][:count] = host["positions"][:count] + 1
+        host["tokens"][count:] = host["positions"][count:] = 0
+        host["prefix_lens"][count:] = 1
+        host["slots"][count:] = self.owner.spare_block * block_size
+
+    def _execute(self) -> None:
+        self.inputs.send()
+        if self._replay is None:
+            self._replay = self.owner.graphs.capture(self._work)
+        else:
+            self._replay()
+
+    @abstractmethod
+    def _work(self) -> None:
+        """What a graph holds."""
+
+    def _forward(self, token_ids: torch.Tensor) -> ForwardOutput:
+        """The base model over the sequences' last tokens int64 [size]."""
+        given, tables = self.inputs.device, self.lane.tables.device[: self.size]
+        # Everything that a batch works out from its numbers must be worked out here, each time.
+        batch = AttentionBatch(
+            tables, self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
+        )
+        return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)
+
+
+class ForwardStep(_Step):
+    """The base model, for steps whose tokens are drawn by other means."""
+
+    def __init__(self, owner: DecodeGraphs, lane: Lane, size: int) -> None:
+        super().__init__(owner, lane, size, {})
+        self._output: ForwardOutput | None = None
+
+    def _work(self) -> None:
+        # Replays of a graph write to the tensors that its capture made, the last run of this.
+        self._output = self._forward(self.inputs.device["tokens"])
+
+    def run(self, sequences: Seq[Sequence]) -> ForwardOutput:
+        """Over the last token of each sequence."""
+        self._fill(sequences)
+        self._execute()
+        found, count = self._output, len(sequences)
+        assert found is not None
+        hidden = {index: states[:count] for index, states in found.hidden.items()}
+        return ForwardOutput(hidden, found.last_hidden[:count])
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Candidate rows, as many as there is room for, of the sequences that bring any.
+
+    Attributes:
+        offsets: int64 [size + 1]; rows behind the last sequence's see nothing, and what comes of them is not read.
+        owner, column: int64 [rows], the sequence of a row and which of its candidates it is.
+        token_ids: int64 [rows].
+        batch: the same for attention.
+    """
+
+    offsets: torch.Tensor
+    owner: torch.Tensor
+    column: torch.Tensor
+    token_ids: torch.Tensor
+    batch: AttentionBatch
+
+
+@dataclass(slots=True)
+class _Scored:
+    """What the value networks made of candidates: the winners, and of them values and utilities by network."""
+
+    winners: WinnerTensors
+    parts: list[tuple[Network, torch.Tensor, torch.Tensor]]
+
+
+class GuidedStep(_Step):
+    """A step that draws a token for each sequence.
+
+    Args:
+        used: places among the guide's networks of those that any of the sequences uses.
+        rows: candidate rows there is room for. width: columns of a selection.
+    """
+
+    def __init__(
+        self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int, fields: Fields
+    ) -> None:
+        networks = [owner.guide.networks[index] for index in used]
+        fields = fields | {
+            "source": ((size,), torch.int64),  # row in the step before, if that is not read; else -1
+            "settings": ((SETTINGS, size), torch.int64),
+            "optimal": ((size,), torch.bool),
+            "candidate_mean": ((size,), torch.bool),
+            "next_slots": ((size,), torch.int64),
+        }
+        for index, network in enumerate(networks):
+            shape = (size, network.columns.stop - network.columns.start)
+            fields[f"uses{index}"] = (size,), torch.bool
+            fields[f"weights{index}"] = shape, torch.float32
+            fields[f"limits{index}"] = shape, torch.float64
+            fields[f"baselines{index}"] = shape, torch.float32
+        super().__init__(owner, lane, size, fields)
+        self.used, self.networks, self.rows, self.width = used, networks, rows, width
+        self._result: Packed | None = None
+
+    def run(self, sequences: Seq[Sequence], source: Mapping[int, int] | None) -> Callable[[], Drawn]:
+        """Set it off; what is returned waits for what was drawn.
+
+        Args:
+            source: id -> row in the step before, which is not read yet; None: all before is known.
+        """
+        count, ahead = len(sequences), int(source is not None)
+        self._fill(sequences, ahead)
+        self.inputs.host["source"][:] = -1
+        if source is not None:
+            self.inputs.host["source"][:count] = [source[id(sequence)] for sequence in sequences]
+        self._fill_settings(sequences, ahead)
+        self._execute()
+        assert self._result is not None
+        arrays = self._result.send()
+        return lambda: self._read([array[:count] for array in arrays()])
+
+    @abstractmethod
+    def _read(self, arrays: list[np.ndarray]) -> Drawn:
+        """Of the sequences' lines of the result."""
+
+    def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
+        host, count = self.inputs.host, len(sequences)
+        settings = host["settings"]
+        settings[0] = np.arange(self.size)
+        settings[:, count:][1:] = 0
+        if not count:
+            return
+        knobs = np.array([s.knobs for s in sequences], np.float64)
+        settings[1, :count] = knobs[:, TEMPERATURE].copy().view(np.int64)
+        settings[2, :count] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)
+        settings[3, :count] = [len(s.token_ids) + ahead for s in sequences]
+        settings[4, :count] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
+        settings[5, :count] = knobs[:, KEEP_TAIL] != 0
+        if not self.networks:
+            return
+        host["optimal"][:count] = [s.optimal for s in sequences]
+        host["candidate_mean"][:count] = [s.params.baseline == "candidate-mean" for s in sequences]
+        host["next_slots"][:count] = [
+            slot(s, len(s.token_ids) + ahead, self.owner.block_size) if s.own_cache else -1 for s in sequences
+        ]
+        for index, (place, network) in enumerate(zip(self.used, self.networks, strict=True)):
+            uses, own = host[f"uses{index}"], network.columns
+            uses[:count] = [place in s.networks for s in sequences]
+            uses[count:] = False
+            for i in np.flatnonzero(uses).tolist():
+                sequence = sequences[i]
+                host[f"weights{index}"][i] = sequence.weights[own]
+                host[f"limits{index}"][i] = sequence.limits[own]
+                host[f"baselines{index}"][i] = sequence.utilities[own]
+
+    def _carried(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """bool [size], int64 [size]: whether the host has not read what the step before left, and in which row."""
+        source = self.inputs.device["source"]
+        return source >= 0, source.clamp(min=0)
+
+    def _lay(self, counts: torch.Tensor, selection: SelectionTensors, positions: torch.Tensor) -> _Rows:
+        """Rows of the first `counts` (int64 [size]) candidates, which stand at `positions` int64 [size]."""
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        row = torch.arange(self.rows, device=offsets.device)
+        owner = torch.searchsorted(offsets[1:], row, right=True)
+        live, owner = owner < self.size, owner.clamp(max=self.size - 1)
+        column = (row - offsets[owner]).clamp(max=self.width - 1)
+        places = torch.where(live, positions[owner], 0)
+        laid = torch.cat([offsets[:-1], offsets.new_full((1,), self.rows)]).to(torch.int32)
+        batch = AttentionBatch(
+            self.lane.tables.device[: self.size],
+            laid,
+            places.to(torch.int32),
+            torch.full_like(row, -1),
+            places,
+            unslotted=True,
+        )
+        return _Rows(offsets, owner, column, selection.token_ids[owner, column].clamp(min=0), batch)
+
+    def _score(
+        self,
+        selection: SelectionTensors,
+        positions: torch.Tensor,
+        before: Hidden,
+        after: tuple[Hidden, _Rows] | None = None,
+    ) -> _Scored:
+        """Values of all candidates, which stand at `positions` int64 [size], their tilt, and the winners.
+
+        Args:
+            before: states [size, H] of the positions before.
+            after: states [rows, H] of the candidates themselves, and which rows these are.
+        """
+        guide, given = self.owner.guide, self.inputs.device
+        carried, place = self._carried()
+        tilt = torch.zeros_like(selection.log_probs)
+        scored = []
+        for index, network in enumerate(self.networks):
+            uses = given[f"uses{index}"]
+            if after is not None and len(self.networks) == 1:
+                laid = after[1]  # all of them use it
+            else:
+                laid = self._lay(torch.where(uses, selection.count, 0), selection, positions)
+            source, where = None, None
+            if network.reads_before:
+                source, where = concatenate(before, network.scorer.states), laid.owner
+            elif network.reads_after:
+                assert after is not None
+                source = concatenate(after[0], network.scorer.states)
+                where = (after[1].offsets[laid.owner] + laid.column).clamp(max=self.rows - 1)
+            features = network.scorer.features(laid.token_ids, source, where, laid.batch)
+            weights, limits, baselines = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
+            baselines = torch.where(carried[:, None], self.lane.utilities[place, network.columns], baselines)
+            found = guide.head_tilt(
+                features,
+                network.scorer.served_heads.weights,
+                ValueSettings(weights, limits, baselines, given["optimal"], given["candidate_mean"]),
+                laid.offsets.to(torch.int32),
+                laid.column.to(torch.int32),
+                selection,
+                tilt,
+                choose=network is self.networks[-1],
+            )
+            scored.append((network, uses, laid.offsets, found))
+        winners = scored[-1][3].winners
+        assert winners is not None
+        parts = []
+        for network, uses, offsets, found in scored:
+            moves = uses & (winners.column >= 0)
+            won = torch.where(moves, offsets[:-1] + winners.column, 0)
+            values, utilities = (torch.where(moves[:, None], of[won], 0.0) for of in (found.values, found.utilities))
+            self.lane.utilities[: self.size, network.columns] = utilities
+            parts.append((network, values, utilities))
+            if network.scorer.cache is not None:
+                network.scorer.commit(won, torch.where(moves, given["next_slots"], -1))
+        return _Scored(winners, parts)
+
+    def _drawn(self, arrays: list[np.ndarray]) -> tuple[Drawn, list[np.ndarray]]:
+        """What the first of the result's arrays are, and the others."""
+        finite, candidates, *found = arrays
+        winners, found = Winners(*found[:5]), found[5:]
+        values = np.zeros((len(finite), len(self.owner.guide.value_names)), np.float32)
+        utilities = np.zeros_like(values)
+        for network in self.networks:
+            values[:, network.columns], utilities[:, network.columns], *found = found
+        return Drawn(winners, finite, candidates, values, utilities), found
+
+
+class DecodeStep(GuidedStep):
+    """From the sequences' last tokens to their next ones."""
+
+    def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int) -> None:
+        super().__init__(owner, lane, used, size, rows, width, {})
+
+    def _read(self, arrays: list[np.ndarray]) -> Drawn:
+        return self._drawn(arrays)[0]
+
+    def _work(self) -> None:
+        lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
+        carried, place = self._carried()
+        forward = self._forward(torch.where(carried, self.lane.tokens[place], given["tokens"]))
+        logits = lm.logits(forward.last_hidden)
+        selection = select_on_device(logits, given["settings"], self.width, guide.sampler)
+        if self.networks:
+            scored = self._score(selection, given["positions"] + 1, forward.hidden)
+        else:
+            # The only column is the winner's, and what is drawn plainly has no tilt.
+            column, log_prob = torch.where(selection.finite, 0, -1), selection.log_probs[:, 0]
+            nothing = torch.zeros_like(log_prob)
+            scored = _Scored(WinnerTensors(column, selection.token_ids[:, 0], log_prob, log_prob, nothing), [])
+        self.lane.tokens[: self.size] = scored.winners.token_id.clamp(min=0)
+        self._result = Packed([selection.finite, selection.count, *_flat(scored)])
+
+
+class LookaheadStep(GuidedStep):
+    """From candidates to the one that wins, and on to the candidates of the token behind it."""
+
+    def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int) -> None:
+        shapes = {True: (size, width), False: (size,)}
+        fields: Fields = {name: (shapes[wide], dtype) for name, (wide, dtype, _) in _SELECTION.items()}
+        super().__init__(owner, lane, used, size, rows, width, fields)
+
+    def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
+        """Candidates stand behind the last token; the host brings those that it knows of."""
+        super()._fill(sequences, ahead + 1)
+        host = self.inputs.host
+        for name, (_, _, empty) in _SELECTION.items():
+            host[name][:] = empty
+        for i, sequence in enumerate(sequences if not ahead else ()):
+            for name, (wide, _, _) in _SELECTION.items():
+                found = getattr(sequence.selection, name)[0]
+                host[name][(i, slice(len(found))) if wide else i] = found
+
+    def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
+        super()._fill_settings(sequences, ahead)
+        # What is selected here are candidates of the position behind the winner's.
+        self.inputs.host["settings"][3, : len(sequences)] += 1
+
+    def _read(self, arrays: list[np.ndarray]) -> Drawn:
+        drawn, found = self._drawn(arrays)
+        drawn.following = Selection(*found)
+        return drawn
+
+    def _work(self) -> None:
+        lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
+        carried, place = self._carried()
+        selection = self.lane.kept(place, carried, given)
+        laid = self._lay(selection.count, selection, given["positions"])
+        forward = lm.forward(laid.token_ids, laid.batch, guide.states)
+        scored = self._score(selection, given["positions"], {}, (forward.hidden, laid))
+        column = scored.winners.column
+        won = torch.where(column >= 0, laid.offsets[:-1] + column, 0)
+        lm.commit(won, torch.where(column >= 0, given["slots"], -1))
+        following = select_on_device(lm.logits(forward.last_hidden[won]), given["settings"], self.width, guide.sampler)
+        self.lane.keep(following)
+        self._result = Packed([selection.finite, selection.count, *_flat(scored), *vars(following).values()])
+
+
+def _flat(scored: _Scored) -> list[torch.Tensor]:
+    parts = [tensor for _, *tensors in scored.parts for tensor in tensors]
+    return [*vars(scored.winners).values(), *parts]
