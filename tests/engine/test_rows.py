@@ -56,7 +56,7 @@ def test_a_batch_carries_the_numbers_it_was_made_of() -> None:
         Work(sequence("looking", [21, 22], [4], pending=[31, 32, 33]), 2, 3, True, True),
     ]
     _, rows = pack(works, set(), BLOCK)
-    batch = rows.batch(torch.device("cpu"))
+    _, batch, _ = rows.to_device(torch.device("cpu"))
     for each in (batch, batch.strict):
         assert each.host is not None
         assert each.host.prefix_lens.tolist() == each.prefix_lens.tolist()
@@ -66,4 +66,4 @@ def test_a_batch_carries_the_numbers_it_was_made_of() -> None:
     assert batch.has_unslotted
     assert batch.strict.prefix_lens.tolist() == [4, 2, 2, 2]
     _, plain = pack(works[:1], set(), BLOCK)
-    assert not plain.batch(torch.device("cpu")).has_unslotted
+    assert not plain.to_device(torch.device("cpu"))[1].has_unslotted

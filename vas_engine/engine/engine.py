@@ -32,6 +32,7 @@ from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError
 from vas_engine.model.cache import KVCache
 from vas_engine.model.graphs import Graphs
 from vas_engine.model.lm import CausalLM
+from vas_engine.model.transfer import to_device
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Selection, fork_seed, prune, select
 from vas_engine.values.scorer import Scorer
@@ -357,12 +358,12 @@ class Engine:
             self.stats.obstacles[obstacle] = self.stats.obstacles.get(obstacle, 0) + 1
         warm = {i for i, work in enumerate(planned) if _needs_warm_row(work)}
         works, rows = pack(planned, warm, self.block_size)
-        device = self.lm.device
         scored = self.stats.value_rows
         if self.graphs is not None and not warm and all(decodes(w) and not w.sequence.lookahead for w in works):
             forward = self.graphs.forward(rows.sequences)
         else:
-            forward = self.lm.forward(rows.tokens(device), rows.batch(device), self.guide.states)
+            token_ids, batch, _ = rows.to_device(self.lm.device)
+            forward = self.lm.forward(token_ids, batch, self.guide.states)
         hidden: Hidden = forward.hidden
         self.stats.steps += 1
         self.stats.model_rows += len(rows)
@@ -393,8 +394,9 @@ class Engine:
             self._remove(sequence)
             events.append(self._event(sequence, finish_reason=sequence.draining, hidden=_take(sequence)))
         if ready:
-            logits = self.lm.logits(forward.last_hidden[torch.tensor(at, device=device)])
-            self._choose(ready, at, logits, hidden, events)
+            places = np.array(at, np.int64)
+            (located,) = to_device([places], self.lm.device)
+            self._choose(ready, places, self.lm.logits(forward.last_hidden[located]), hidden, events)
         if self.pace is not None:
             seconds = time.monotonic() - self._token_started
             self.pace.observe(len(rows), int(rows.prefix_lens.sum()), self.stats.value_rows - scored, seconds)
@@ -478,15 +480,20 @@ class Engine:
     # -- choosing --------------------------------------------------------------------------------------------
 
     def _choose(
-        self, ready: list[Sequence], at: list[int], logits: torch.Tensor, hidden: Hidden, events: list[TokenEvent]
+        self, ready: list[Sequence], at: np.ndarray, logits: torch.Tensor, hidden: Hidden, events: list[TokenEvent]
     ) -> None:
-        """Select candidates for every ready sequence; those without lookahead get their token now."""
+        """Select candidates for every ready sequence; those without lookahead get their token now.
+
+        Args:
+            ready: sequences; ``logits[i]`` are those of ``ready[i]``, whose hidden states are in row ``at[i]``.
+        """
         source = list(range(len(ready)))
         for i in range(len(ready)):
             for child in self._fork(ready[i]):
                 ready.append(child)
                 source.append(i)
         logit_rows = np.array(source, np.int64)
+        at = at[logit_rows]
         arrays = gather(ready, np.array([s.num_candidates for s in ready]))
         selection = select(logits, logit_rows, arrays, self.guide.sampler)
         self._list_alternatives(ready, logits, logit_rows)
@@ -494,21 +501,20 @@ class Engine:
         self._drop_failed(ready, selection.finite, "logits", events)
         self._drop_failed(ready, sound | ~selection.finite, "values", events)
         fine = selection.finite & sound
-        before: Hidden = {}
-        if any(s.reads_before for s in ready):
-            index = torch.tensor([at[i] for i in source], device=logits.device)
-            before = {j: states[index] for j, states in hidden.items()}
         wait = np.array([s.lookahead for s in ready], bool) & fine
         for i in np.flatnonzero(wait).tolist():
             sequence = ready[i]
             _await(sequence, selection, i)
-            sequence.carry = {j: states[i] for j, states in before.items()} if sequence.reads_before else None
+            sequence.carry = {j: states[at[i]] for j, states in hidden.items()} if sequence.reads_before else None
         now = np.flatnonzero(~wait & fine)
         if len(now):
             part = selection if len(now) == len(ready) else _pick(selection, now)
-            here = torch.from_numpy(now).to(logits.device)
-            near = {j: states[here] for j, states in before.items()} if len(now) < len(ready) else before
-            self._decide([ready[i] for i in now], part, near, None, events)
+            deciding = [ready[i] for i in now]
+            before: Hidden = {}
+            if any(s.reads_before for s in deciding):
+                (located,) = to_device([at[now]], logits.device)
+                before = {j: states[located] for j, states in hidden.items()}
+            self._decide(deciding, part, before, None, events)
 
     def _choose_lookahead(
         self,
@@ -526,7 +532,7 @@ class Engine:
             return
         sequences = [works[g].sequence for g in groups]
         index = np.concatenate([np.arange(rows.offsets[g], rows.offsets[g + 1]) for g in groups])
-        located = torch.from_numpy(index).to(self.lm.device)
+        (located,) = to_device([index], self.lm.device)
         after = {j: states[located] for j, states in hidden.items()}
         before = {
             # A state that only networks loaded since then read is nothing to this sequence.
@@ -538,10 +544,9 @@ class Engine:
         columns = self._decide(sequences, selection, before, after, events)
         alive = np.flatnonzero(columns >= 0)
         winners = firsts[alive] + columns[alive]
-        targets = [slot(sequences[i], len(sequences[i].token_ids) - 1, self.block_size) for i in alive]
         if len(alive):
-            device = self.lm.device
-            self.lm.commit(torch.from_numpy(winners).to(device), torch.tensor(targets, device=device))
+            targets = [slot(sequences[i], len(sequences[i].token_ids) - 1, self.block_size) for i in alive]
+            self.lm.commit(*to_device([winners, np.array(targets, np.int64)], self.lm.device))
         for i, row in zip(alive, winners, strict=True):
             sequence = sequences[i]
             sequence.pending = sequence.selection = None
@@ -640,14 +645,16 @@ class Engine:
             sequences[i].state_values = decision.values[row[i]]
             sequences[i].utilities = decision.utilities[row[i]]
             sequences[i].filled = len(sequences[i].token_ids) + 1
-        for network, number in decision.scratch:
+        arrays = []
+        for _, number in decision.scratch:
             used = [i for i in np.flatnonzero(move) if number[row[i]] >= 0]
-            if used:
-                slots = [slot(sequences[i], len(sequences[i].token_ids), self.block_size) for i in used]
-                device = self.lm.device
-                network.scorer.commit(
-                    torch.from_numpy(number[row[used]]).to(device), torch.tensor(slots, device=device)
-                )
+            slots = [slot(sequences[i], len(sequences[i].token_ids), self.block_size) for i in used]
+            arrays += [number[row[used]], np.array(slots, np.int64)]
+        moved = iter(to_device(arrays, self.lm.device))
+        for network, _ in decision.scratch:
+            winners, slots = next(moved), next(moved)
+            if len(winners):
+                network.scorer.commit(winners, slots)
 
     def _accept(self, sequence: Sequence, winners, i: int, evaluations: int) -> TokenEvent:
         token = int(winners.token_id[i])

@@ -16,7 +16,6 @@ from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings
 from vas_engine.model.backend import launches
-from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.lm import CausalLM
 from vas_engine.model.transfer import to_device, to_host
 from vas_engine.params import SamplingParams
@@ -216,15 +215,21 @@ class Guide:
         """
         groups = [g for g, start in enumerate(starts) if start >= 0]
         done = [g for g in groups if completes[g]]
-        for g in done:
-            rows.sequences[g].state_values = np.zeros(len(self.value_names), np.float32)
-            rows.sequences[g].utilities = np.zeros(len(self.value_names), np.float32)
+        finished = [rows.sequences[g] for g in done]
+        for sequence in finished:
+            sequence.utilities = np.zeros(len(self.value_names), np.float32)
+        scored = []
         for index, network in enumerate(self.networks):
             # Without K/V of its own a network has only the state's value to give.
             chosen = groups if network.scorer.cache is not None else done
             chosen = [g for g in chosen if index in rows.sequences[g].networks]
             if chosen:
-                self._fill_network(network, rows, chosen, starts, hidden, completes)
+                output = self._fill_network(network, rows, chosen, starts, hidden, completes)
+                uses = np.fromiter((index in s.networks for s in finished), bool, len(finished))
+                scored.append(Scored(network, uses, np.flatnonzero(uses), output))
+        values, utilities = self._read(scored, self._asked(finished), np.arange(len(finished)))
+        for i, sequence in enumerate(finished):
+            sequence.state_values, sequence.utilities = values[i], utilities[i]
         last = np.asarray(rows.offsets[1:]) - 1
         for g in groups:
             sequence = rows.sequences[g]
@@ -241,7 +246,8 @@ class Guide:
         starts: Seq[int],
         hidden: Hidden,
         completes: Seq[bool],
-    ) -> None:
+    ) -> torch.Tensor:
+        """The head output of the last rows of the groups that are complete; the K/V of all rows goes to the pages."""
         own = network.scorer.cache is not None
         ends = [int(rows.offsets[g + 1]) for g in groups]
         begins = [starts[g] if own else end - 1 for g, end in zip(groups, ends, strict=True)]
@@ -253,29 +259,20 @@ class Guide:
         sequences = [rows.sequences[g] for g in groups]
         prefix = (positions + (slots >= 0)).astype(np.int32)
         part = Rows(sequences, rows.token_ids[index], positions, slots, prefix, offsets)
-        source, where = self._before(network, rows, groups, begins, index, hidden)
-        if network.reads_after:
-            source = concatenate(hidden, network.scorer.states)
-            where = torch.from_numpy(index).to(self.lm.device)
-        batch = part.batch(self.lm.device)
-        ended = [i for i, g in enumerate(groups) if completes[g]]
-        wanted = torch.from_numpy(offsets[1:][ended].astype(np.int64) - 1).to(self.lm.device)
-        last = network.scorer.score(part.tokens(self.lm.device), source, where, batch, wanted)
-        if not ended:
-            return
-        finished = [sequences[i] for i in ended]
-        values, utilities = _read(network, last, self._asked(finished), np.arange(len(finished)))
-        for sequence, value, utility in zip(finished, values, utilities, strict=True):
-            sequence.state_values[network.columns] = value
-            sequence.utilities[network.columns] = utility
+        source, where = self._source(network, rows, groups, begins, index, hidden)
+        wanted = offsets[1:][[completes[g] for g in groups]].astype(np.int64) - 1
+        token_ids, batch, (located, last) = part.to_device(self.lm.device, where, wanted)
+        return network.scorer.score(token_ids, source, located, batch, last)
 
-    def _before(
+    def _source(
         self, network: Network, rows: Rows, groups: list[int], begins: list[int], index: np.ndarray, hidden: Hidden
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The hidden state before each row: of the row above, of the chunk before, or zeros for an empty prefix."""
-        if not network.reads_before:
-            return None, None
+    ) -> tuple[torch.Tensor | None, np.ndarray]:
+        """Hidden states and which of them each row reads: its own (a lookahead) or the one before it, which is that of
+        the row above, of the chunk before, or zeros for an empty prefix.
+        """
         states = network.scorer.states
+        if not network.reads_before:
+            return concatenate(hidden, states) if network.reads_after else None, index
         source = concatenate(hidden, states)
         where = index - 1
         extra = [source.new_zeros(1, source.shape[1])]
@@ -289,7 +286,7 @@ class Guide:
                 target = zero + len(extra)
                 extra.append(torch.cat([carry[j] for j in states]).unsqueeze(0))
             where[index == begin] = target
-        return torch.cat([source, *extra]), torch.from_numpy(where).to(self.lm.device)
+        return torch.cat([source, *extra]), where
 
     # -- candidates ------------------------------------------------------------------------------------------
 
@@ -335,34 +332,29 @@ class Guide:
         after: Hidden | None,
     ) -> list[Scored]:
         """Run every network over the rows (int64 [R], grouped by owner) of the sequences that use it."""
-        device = self.lm.device
         counts = np.bincount(owner, minlength=len(sequences))
         length = np.array([len(s.token_ids) for s in sequences], np.int64)
-        whole: tuple[Rows, AttentionBatch] | None = None
+        moved: dict[bytes, tuple] = {}  # networks that the same sequences use share it
         scored = []
         for index, network in enumerate(self.networks):
             uses = np.fromiter((index in s.networks for s in sequences), bool, len(sequences)) & (counts > 0)
             if not uses.any():
                 continue
-            picked = np.flatnonzero(uses[owner])
-            if uses.all():
-                if whole is None:
-                    rows = unslotted(sequences, token_ids, length, counts)
-                    whole = rows, rows.batch(device)
-                rows, batch = whole
-            else:
-                users = [s for s, u in zip(sequences, uses, strict=True) if u]
-                rows = unslotted(users, token_ids[picked], length[uses], counts[uses])
-                batch = rows.batch(device)
+            users = uses.tobytes()
+            if users not in moved:
+                picked = np.flatnonzero(uses[owner])
+                those = [sequences[i] for i in np.flatnonzero(uses)]
+                rows = unslotted(those, token_ids[picked], length[uses], counts[uses])
+                moved[users] = picked, *rows.to_device(self.lm.device, owner[picked], picked)
+            picked, tokens, batch, (line, row) = moved[users]
             source, where = None, None
             if network.reads_before:
-                source, where = concatenate(before, network.scorer.states), owner[picked]
+                source, where = concatenate(before, network.scorer.states), line
             elif network.reads_after:
                 assert after is not None
-                source, where = concatenate(after, network.scorer.states), picked
-            located = None if where is None else torch.from_numpy(where).to(device)
+                source, where = concatenate(after, network.scorer.states), row
             run = network.scorer.features if self.fuses else network.scorer.score
-            scored.append(Scored(network, uses, picked, run(rows.tokens(device), source, located, batch)))
+            scored.append(Scored(network, uses, picked, run(tokens, source, where, batch)))
         return scored
 
     def _composed(
@@ -375,14 +367,10 @@ class Guide:
         tilt: np.ndarray,
     ) -> tuple[Winners, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Heads on the device, the rest on the host: winners, tilt, fine, values, utilities of `Decision`."""
-        values = np.zeros((len(owner), len(self.value_names)), np.float32)
-        utilities = np.zeros_like(values)
+        asked = self._asked(sequences)
+        values, utilities = self._read(scored, asked, owner)
         fine = np.ones(len(sequences), bool)
         if len(owner):
-            asked = self._asked(sequences)
-            for part in scored:
-                rows, columns = part.picked, part.network.columns
-                values[rows, columns], utilities[rows, columns] = _read(part.network, part.output, asked, owner[rows])
             is_tail = column == selection.tail[owner]
             baselines = asked.baselines
             for i in np.flatnonzero(asked.candidate_mean):
@@ -429,13 +417,31 @@ class Guide:
             results += [found.values, found.utilities]
         assert found.winners is not None
         tilt, *back = to_host([*results, *vars(found.winners).values()])
-        values = np.zeros((len(owner), len(self.value_names)), np.float32)
+        found, drawn = back[: 2 * len(scored)], back[2 * len(scored) :]
+        winners = Winners(*drawn)
+        return winners, tilt, winners.column >= 0, *self._spread(scored, found, len(owner))
+
+    def _read(self, scored: list[Scored], asked: Asked, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and utilities of R rows, [R, values], from the heads' outputs; row r asks what ``owner[r]`` does."""
+        scored = [part for part in scored if len(part.picked)]
+        owners = [owner[part.picked] for part in scored]
+        weights = [asked.weights[own, part.network.columns] for own, part in zip(owners, scored, strict=True)]
+        moved = to_device([*weights, *(asked.optimal[own] for own in owners)], self.lm.device)
+        found = []
+        for i, part in enumerate(scored):
+            heads = part.network.scorer.heads
+            optimal = moved[len(scored) + i] if asked.optimal[owners[i]].any() else None
+            found += [heads.mean(part.output), heads.utility(part.output, moved[i], optimal)]
+        return self._spread(scored, to_host(found), len(owner))
+
+    def _spread(self, scored: list[Scored], found: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Values and utilities of every network in turn, as those of all rows and values: float32 [R, values]."""
+        values = np.zeros((rows, len(self.value_names)), np.float32)
         utilities = np.zeros_like(values)
-        for index, part in enumerate(scored):
-            values[part.picked, part.network.columns] = back[2 * index]
-            utilities[part.picked, part.network.columns] = back[2 * index + 1]
-        winners = Winners(*back[2 * len(scored) :])
-        return winners, tilt, winners.column >= 0, values, utilities
+        for i, part in enumerate(scored):
+            values[part.picked, part.network.columns] = found[2 * i]
+            utilities[part.picked, part.network.columns] = found[2 * i + 1]
+        return values, utilities
 
     def _asked(self, sequences: Seq[Sequence]) -> Asked:
         shape = (len(sequences), len(self.value_names))
@@ -459,15 +465,6 @@ class Guide:
         low = np.clip(scaled.min(0) - base, -limits, limits)
         high = np.clip(scaled.max(0) - base, -limits, limits)
         return np.where(used, low, 0.0).sum(1), np.where(used, high, 0.0).sum(1)
-
-
-def _read(network: Network, output: torch.Tensor, asked: Asked, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and utilities [R, heads of the network] from a head output."""
-    heads, device = network.scorer.heads, output.device
-    weights, optimal = asked.weights[owner, network.columns], asked.optimal[owner]
-    values = heads.mean(output)
-    utilities = heads.utility(output, torch.from_numpy(weights).to(device), torch.from_numpy(optimal).to(device))
-    return values.float().cpu().numpy(), utilities.float().cpu().numpy()
 
 
 def _moved(array: np.ndarray, source: np.ndarray) -> np.ndarray:

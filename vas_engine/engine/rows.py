@@ -11,6 +11,7 @@ import torch
 from vas_engine.engine.scheduler import Work
 from vas_engine.engine.sequence import Sequence
 from vas_engine.model.batch import AttentionBatch
+from vas_engine.model.transfer import to_device
 
 UNSLOTTED = -1
 
@@ -38,18 +39,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def tokens(self, device: torch.device) -> torch.Tensor:
-        return torch.from_numpy(self.token_ids).to(device)
-
-    def batch(self, device: torch.device) -> AttentionBatch:
-        return AttentionBatch(
-            block_tables=torch.from_numpy(block_tables(self.sequences)).to(device),
-            group_offsets=torch.from_numpy(self.offsets).to(device),
-            prefix_lens=torch.from_numpy(self.prefix_lens).to(device),
-            slots=torch.from_numpy(self.slots).to(device),
-            positions=torch.from_numpy(self.positions).to(device),
-            host=self,
-        )
+    def to_device(
+        self, device: torch.device, *others: np.ndarray
+    ) -> tuple[torch.Tensor, AttentionBatch, list[torch.Tensor]]:
+        """Token ids, their batch and whatever goes along, in one transfer that is not waited for."""
+        places = (block_tables(self.sequences), self.offsets, self.prefix_lens, self.slots, self.positions)
+        token_ids, *moved = to_device([self.token_ids, *places, *others], device)
+        return token_ids, AttentionBatch(*moved[: len(places)], host=self), moved[len(places) :]
 
 
 def block_tables(sequences: Seq[Sequence]) -> np.ndarray:

@@ -39,7 +39,7 @@ class Layout:
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """The arrays on a device, contiguous and not waited for."""
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    if device.type == "cpu":
+    if device.type == "cpu" or not tensors:
         return tensors
     layout = Layout([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
     buffer = layout.host_buffer(device)
@@ -84,5 +84,7 @@ class Packed:
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    """The tensors of one device as arrays: a single wait."""
-    return Packed(tensors).fetch() if tensors else []
+    """The tensors of one device as arrays: a single wait, or on the CPU none and the same memory."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [tensor.numpy() for tensor in tensors]
+    return Packed(tensors).fetch()

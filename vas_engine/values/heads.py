@@ -142,7 +142,7 @@ class Heads(nn.Module):
             return self._mean(0, output).unsqueeze(-1)
         return torch.stack([self._mean(i, output[..., part]) for i, part in enumerate(self.slices)], -1)
 
-    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor) -> Tensor:
+    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor | None) -> Tensor:
         """What the tilt adds up: the utility of each row's state under the request's weights.
 
         ``tilt="mean"`` gives w V. ``tilt="optimal"`` gives log E[exp(w R)] (Zhou et al., Q#, 2025), the
@@ -151,7 +151,7 @@ class Heads(nn.Module):
         Args:
             output: [R, O] float32 from ``forward``.
             weights: [R, M] float, one weight a head (0: the request does not use it).
-            optimal: bool [R], rows that ask for the optimal tilt.
+            optimal: bool [R], rows that ask for the optimal tilt; None: no row does.
 
         Returns:
             [R, M] float32, in nats.
@@ -161,7 +161,7 @@ class Heads(nn.Module):
         """
         weights = weights.to(output.dtype)
         utilities = self.mean(output) * weights
-        if not bool(optimal.any()):
+        if optimal is None or not bool(optimal.any()):
             return utilities
         for index, part in enumerate(self.slices):
             weight = weights[..., index]
