@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from vas_engine.kernels.noise import gumbel, rough_gumbel
 from vas_engine.kernels.reference import TOP_P_SLACK, SelectionTensors
+from vas_engine.kernels.transfer import to_device
 
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
@@ -234,47 +235,65 @@ def limited(arrays: Any, vocabulary: int) -> np.ndarray:
     )
 
 
-def limited_scores(logits: Tensor, rows: np.ndarray, arrays: Any, lines: np.ndarray) -> Tensor:
-    """Scores after bias, penalties and temperature, -inf outside what top_k, top_p and min_p leave.
-
-    The rules are those of `reference.process_scores` and `reference.support_order`, for P sequences at once.
+def pack_limits(rows: np.ndarray, arrays: Any, vocabulary: int, lines: np.ndarray) -> list[np.ndarray]:
+    """What `limited_scores` reads, in its order.
 
     Args:
-        logits: [B, V], any float dtype.
-        rows: int64 [S].
+        rows: int64 [S], the row of logits each sequence reads.
         arrays: a `sampling.SamplingArrays` of S sequences.
-        lines: int64 [P], which of them.
-
-    Returns:
-        float64 [P, V] on the logits' device.
+        vocabulary: tokens of a row.
+        lines: int64 [P], the sequences that have limits.
     """
-    device = logits.device
 
-    def on(values: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
-
-    def entries(name: str) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    def entries(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Flat places [n] of the ragged entries, their indices, and the sequence of each."""
         offsets = getattr(arrays, f"{name}_offsets")
         counts = np.diff(offsets)[lines]
         owner = np.repeat(np.arange(len(lines)), counts)
         index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + offsets[lines][owner]
         ids = getattr(arrays, f"{name}_ids")[index].astype(np.int64)
-        return on(owner * logits.shape[1] + ids, torch.int64), index, lines[owner]
+        return owner * vocabulary + ids, index, lines[owner]
 
-    scores = logits.index_select(0, on(rows[lines], torch.int64)).double()
+    biased, index, _ = entries("bias")
+    seen, among, owner = entries("history")
+    counts, temperature = arrays.history_counts[among], arrays.temperature[lines]
+    numbers = [
+        arrays.bias_values[index],
+        arrays.repetition_penalty[owner],
+        arrays.frequency_penalty[owner] * counts,
+        arrays.presence_penalty[owner] * (counts > 0),
+        np.where(temperature == 0, 1.0, temperature),
+        *(getattr(arrays, name)[lines] for name in ("top_k", "top_p", "min_p")),
+    ]
+    return [rows[lines], biased, seen, *(each.astype(np.float64, copy=False) for each in numbers)]
+
+
+def limited_scores(
+    logits: Tensor, rows: Tensor, biased: Tensor, seen: Tensor, bias: Tensor, repetition: Tensor,
+    frequency: Tensor, presence: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+) -> Tensor:  # fmt: skip
+    """Scores after bias, penalties and temperature, -inf outside what top_k, top_p and min_p leave.
+
+    The rules are those of `reference.process_scores` and `reference.support_order`, for P sequences at once.
+
+    Args:
+        logits: [B, V], any float dtype.
+        rows: int64 [P], the rows they read.
+        biased, seen: int64 [n], [m], places in the flat scores with a bias, and of tokens that were there before.
+        bias: float64 [n].
+        repetition, frequency, presence: float64 [m], by what the places are scaled, then what is taken off.
+        temperature, top_k, top_p, min_p: float64 [P]; a temperature of 0 is given as 1.
+
+    Returns:
+        float64 [P, V] on the logits' device.
+    """
+    scores = logits.index_select(0, rows).double()
     flat = scores.view(-1)
-    places, index, _ = entries("bias")
-    flat[places] += on(arrays.bias_values[index])
-    places, index, owner = entries("history")
-    counts, penalty = arrays.history_counts[index], on(arrays.repetition_penalty[owner])
-    seen = flat[places]
-    seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-    seen = seen - on(arrays.frequency_penalty[owner] * counts)
-    flat[places] = seen - on(arrays.presence_penalty[owner] * (counts > 0))
-    temperature = arrays.temperature[lines]
-    scores /= on(np.where(temperature == 0, 1.0, temperature))[:, None]
-    return _mask(scores, *(on(getattr(arrays, name)[lines])[:, None] for name in ("top_k", "top_p", "min_p")))
+    flat[biased] += bias
+    was = flat[seen]
+    flat[seen] = torch.where(was < 0, was * repetition, was / repetition) - frequency - presence
+    scores /= temperature[:, None]
+    return _mask(scores, top_k[:, None], top_p[:, None], min_p[:, None])
 
 
 def _mask(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -405,12 +424,12 @@ def select_buffer(logits: Tensor, rows: np.ndarray, arrays: Any, block: int = 0)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     vocabulary = logits.shape[1]
-    settings = torch.from_numpy(pack_settings(rows, arrays, vocabulary)).to(logits.device, non_blocking=True)
+    packed = [pack_settings(rows, arrays, vocabulary)]
     those = np.flatnonzero(limited(arrays, vocabulary))
-    scores, lines = None, None
     if len(those):
-        scores = limited_scores(logits, rows, arrays, those)
-        lines = torch.from_numpy(those.astype(np.int32)).to(logits.device, non_blocking=True)
+        packed += [those.astype(np.int32), *pack_limits(rows, arrays, vocabulary, those)]
+    settings, *limits = to_device(packed, logits.device)
+    lines, scores = (limits[0], limited_scores(logits, *limits[1:])) if limits else (None, None)
     return select_packed(logits, settings, select_width(arrays, vocabulary), scores, lines, block)
 
 

@@ -25,10 +25,10 @@ from vas_engine.engine.guide import Hidden, Network, concatenate
 from vas_engine.engine.rows import slot
 from vas_engine.engine.sequence import Sequence
 from vas_engine.kernels.reference import MAX_CANDIDATES, SETTINGS, SelectionTensors, ValueSettings, WinnerTensors
+from vas_engine.kernels.transfer import Packed
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.graphs import Exchange
 from vas_engine.model.lm import ForwardOutput
-from vas_engine.model.transfer import Packed
 from vas_engine.sampling import Selection, Winners, select_on_device
 
 if TYPE_CHECKING:

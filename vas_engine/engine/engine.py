@@ -29,10 +29,10 @@ from vas_engine.engine.rows import Rows, pack, slot
 from vas_engine.engine.scheduler import Scheduler, Work
 from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, nearest
+from vas_engine.kernels.transfer import to_device
 from vas_engine.model.cache import KVCache
 from vas_engine.model.graphs import Graphs
 from vas_engine.model.lm import CausalLM
-from vas_engine.model.transfer import to_device
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Selection, fork_seed, prune, select
 from vas_engine.values.scorer import Scorer
@@ -652,9 +652,9 @@ class Engine:
             arrays += [number[row[used]], np.array(slots, np.int64)]
         moved = iter(to_device(arrays, self.lm.device))
         for network, _ in decision.scratch:
-            winners, slots = next(moved), next(moved)
+            winners, targets = next(moved), next(moved)
             if len(winners):
-                network.scorer.commit(winners, slots)
+                network.scorer.commit(winners, targets)
 
     def _accept(self, sequence: Sequence, winners, i: int, evaluations: int) -> TokenEvent:
         token = int(winners.token_id[i])

@@ -15,9 +15,9 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings
+from vas_engine.kernels.transfer import to_device, to_host
 from vas_engine.model.backend import launches
 from vas_engine.model.lm import CausalLM
-from vas_engine.model.transfer import to_device, to_host
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Selection, Winners, choose, value_tilt
 from vas_engine.values.scorer import Scorer, value_names
@@ -343,7 +343,7 @@ class Guide:
             users = uses.tobytes()
             if users not in moved:
                 picked = np.flatnonzero(uses[owner])
-                those = [sequences[i] for i in np.flatnonzero(uses)]
+                those = [s for s, u in zip(sequences, uses, strict=True) if u]
                 rows = unslotted(those, token_ids[picked], length[uses], counts[uses])
                 moved[users] = picked, *rows.to_device(self.lm.device, owner[picked], picked)
             picked, tokens, batch, (line, row) = moved[users]
@@ -431,7 +431,7 @@ class Guide:
         for i, part in enumerate(scored):
             heads = part.network.scorer.heads
             optimal = moved[len(scored) + i] if asked.optimal[owners[i]].any() else None
-            found += [heads.mean(part.output), heads.utility(part.output, moved[i], optimal)]
+            found += [heads.mean(part.output), heads.unchecked_utility(part.output, moved[i], optimal)]
         return self._spread(scored, to_host(found), len(owner))
 
     def _spread(self, scored: list[Scored], found: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

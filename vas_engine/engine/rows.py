@@ -10,8 +10,8 @@ import torch
 
 from vas_engine.engine.scheduler import Work
 from vas_engine.engine.sequence import Sequence
+from vas_engine.kernels.transfer import to_device
 from vas_engine.model.batch import AttentionBatch
-from vas_engine.model.transfer import to_device
 
 UNSLOTTED = -1
 
@@ -43,9 +43,11 @@ class Rows:
         self, device: torch.device, *others: np.ndarray
     ) -> tuple[torch.Tensor, AttentionBatch, list[torch.Tensor]]:
         """Token ids, their batch and whatever goes along, in one transfer that is not waited for."""
-        places = (block_tables(self.sequences), self.offsets, self.prefix_lens, self.slots, self.positions)
-        token_ids, *moved = to_device([self.token_ids, *places, *others], device)
-        return token_ids, AttentionBatch(*moved[: len(places)], host=self), moved[len(places) :]
+        tables = block_tables(self.sequences)
+        own = [self.token_ids, tables, self.offsets, self.prefix_lens, self.slots, self.positions]
+        moved = to_device([*own, *others], device)
+        token_ids, pages, offsets, prefix_lens, slots, positions = moved[: len(own)]
+        return token_ids, AttentionBatch(pages, offsets, prefix_lens, slots, positions, self), moved[len(own) :]
 
 
 def block_tables(sequences: Seq[Sequence]) -> np.ndarray:

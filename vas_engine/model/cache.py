@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.kernels.transfer import to_device
 from vas_engine.model.backend import PagedLayer, commit_layers, make_layer
 from vas_engine.model.batch import AttentionBatch
 
@@ -95,7 +97,6 @@ class KVCache:
             raise InvalidArgumentError("target", list(target), f"needs {len(source)} blocks, as many as source")
         if not source:
             return
-        origin = torch.tensor(list(source), dtype=torch.int64, device=self.device)
-        place = torch.tensor(list(target), dtype=torch.int64, device=self.device)
+        origin, place = to_device([np.array(source, np.int64), np.array(target, np.int64)], self.device)
         for pages in (*self.keys, *self.values):
             pages[place] = pages[origin]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vas_engine.model.transfer import to_device
+from vas_engine.kernels.transfer import to_device
 
 PACKAGES = {"flash-attn-4": ("flash_attn.cute", (9, 0)), "flash-attn": ("flash_attn", (8, 0))}
 """Distribution -> its module, and the oldest compute capability it serves; what comes first is preferred."""

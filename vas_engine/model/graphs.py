@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vas_engine.model.transfer import Layout
+from vas_engine.kernels.transfer import Layout
 
 
 def captures(device: torch.device) -> bool:

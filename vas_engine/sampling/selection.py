@@ -9,6 +9,7 @@ import torch
 
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import reference
+from vas_engine.kernels.transfer import to_host
 from vas_engine.sampling.arrays import SamplingArrays
 from vas_engine.sampling.backend import extension, resolve_backend
 
@@ -127,8 +128,8 @@ def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArray
     width = kernels.select_width(arrays, logits.shape[1])
     if width - 1 > reference.MAX_CANDIDATES or logits.shape[1] > kernels.MAX_VOCABULARY:
         return None
-    buffer = kernels.select_buffer(logits, rows, arrays).cpu()
-    return Selection(*(field.numpy() for field in vars(kernels.views(buffer, len(rows), width)).values()))
+    found = kernels.views(kernels.select_buffer(logits, rows, arrays), len(rows), width)
+    return Selection(*to_host(list(vars(found).values())))
 
 
 def _select_cpp(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection:
