@@ -367,19 +367,20 @@ class Guide:
         tilt: np.ndarray,
     ) -> tuple[Winners, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Heads on the device, the rest on the host: winners, tilt, fine, values, utilities of `Decision`."""
+        fine = np.ones(len(sequences), bool)
+        if not scored:
+            return choose(selection, tilt), tilt, fine, *self._spread([], [], len(owner))
         asked = self._asked(sequences)
         values, utilities = self._read(scored, asked, owner)
-        fine = np.ones(len(sequences), bool)
-        if len(owner):
-            is_tail = column == selection.tail[owner]
-            baselines = asked.baselines
-            for i in np.flatnonzero(asked.candidate_mean):
-                mine = (owner == i) & ~is_tail
-                baselines[i] = utilities[mine].mean(0) if mine.any() else 0.0
-            rows_tilt = np.where(is_tail, 0.0, value_tilt(utilities, baselines, asked.limits, owner))
-            tilt[owner, column] = rows_tilt
-            fine[owner[~np.isfinite(rows_tilt) | ~np.isfinite(values).all(1)]] = False
-            tilt[~fine] = np.where(selection.filled[~fine], 0.0, -np.inf)
+        is_tail = column == selection.tail[owner]
+        baselines = asked.baselines
+        for i in np.flatnonzero(asked.candidate_mean):
+            mine = (owner == i) & ~is_tail
+            baselines[i] = utilities[mine].mean(0) if mine.any() else 0.0
+        rows_tilt = np.where(is_tail, 0.0, value_tilt(utilities, baselines, asked.limits, owner))
+        tilt[owner, column] = rows_tilt
+        fine[owner[~np.isfinite(rows_tilt) | ~np.isfinite(values).all(1)]] = False
+        tilt[~fine] = np.where(selection.filled[~fine], 0.0, -np.inf)
         return choose(selection, tilt), tilt, fine, values, utilities
 
     def _fused(
