@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,6 +94,11 @@ class DeviceTensor(torch.Tensor):
     def is_pinned(self, device: Any = None) -> bool:
         return False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        made = self.detach().clone()
+        memo[id(self)] = torch.nn.Parameter(made, self.requires_grad) if isinstance(self, torch.nn.Parameter) else made
+        return memo[id(self)]
+
 
 class Graph:
     """What `torch.cuda.CUDAGraph` is."""
@@ -120,6 +126,13 @@ class Graph:
                 run()
 
         device.enqueue(again)
+
+
+class Generator(torch.Generator):
+    """What `torch.Generator` is; one of the device draws other numbers than a GPU does."""
+
+    def __new__(cls, device: Any = CPU) -> Generator:
+        return super().__new__(cls, CPU)
 
 
 class Event:
@@ -181,6 +194,8 @@ class EmulatedDevice(TorchDispatchMode):
         late: work is done when somebody waits for it; else at once.
 
     Attributes:
+        computes: whether work is done at all. Where it is not, new memory is zeros that stay so, cost nothing and are
+            not counted: models of any size can be gone through for what they launch.
         waits: what the host waited for, and how often.
         allocations: blocks of memory that were taken, those of graphs left out.
         replays: of graphs. live, peak: bytes.
@@ -189,7 +204,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __init__(self, late: bool = True) -> None:
         super().__init__()
-        self.late = late
+        self.late, self.computes = late, True
         self.waits: Counter[str] = Counter()
         self.allocations = self.replays = self.live = self.peak = 0
         self.launches: list[tuple[Callable[..., None], dict[str, Any]]] = []
@@ -203,6 +218,8 @@ class EmulatedDevice(TorchDispatchMode):
 
     def enqueue(self, run: Callable[[], None]) -> None:
         """To be done after everything before, or by the graph that is being captured."""
+        if not self.computes:
+            return
         if self.capturing is not None:
             self.capturing.work.append(run)
             return
@@ -231,6 +248,8 @@ class EmulatedDevice(TorchDispatchMode):
 
     def allocate(self, like: torch.Tensor) -> DeviceTensor:
         """Nonsense of a tensor's shape, strides and type."""
+        if not self.computes:
+            return self._zeros(like)
         with torch.inference_mode(False):
             memory = torch.empty_strided(like.size(), like.stride(), dtype=like.dtype, device=CPU)
         block = Block(memory)
@@ -243,6 +262,14 @@ class EmulatedDevice(TorchDispatchMode):
         weakref.finalize(block, self._free, memory, self.capturing)
         _spoil(memory)
         return DeviceTensor(memory, block)
+
+    def _zeros(self, like: torch.Tensor) -> DeviceTensor:
+        """What no work will be done on; the host's memory is taken only where it is written to."""
+        size = 1 + sum(max(n - 1, 0) * step for n, step in zip(like.size(), like.stride(), strict=True))
+        with torch.inference_mode(False):
+            flat = torch.from_numpy(np.zeros(size * like.dtype.itemsize, np.uint8)).view(like.dtype)
+            memory = flat.as_strided(like.size(), like.stride())
+        return DeviceTensor(memory, Block(memory))
 
     def _free(self, memory: torch.Tensor, graph: Graph | None) -> None:
         """From here on others write to it, in the order of the work."""
@@ -340,10 +367,8 @@ class EmulatedDevice(TorchDispatchMode):
         into, of = _inner(target), _inner(source)
         if isinstance(target, DeviceTensor):
             if not isinstance(source, DeviceTensor) and source.dim() + (self.capturing is not None):
-                pinned = self.is_pinned(source)
-                if not pinned:
-                    self._refuse("copy from memory that is not pinned")
-                if not (late and pinned):
+                if not (late and self.is_pinned(source)):
+                    self._refuse("copy from the host that waits")
                     # Of memory that is not pinned torch takes a copy of its own, which may have to wait.
                     self.waits["copy from the host"] += 1
                     of = of.clone()
@@ -509,8 +534,8 @@ def _guard() -> None:
 
 
 @contextmanager
-def emulated(late: bool = True) -> Iterator[EmulatedDevice]:
-    """torch with a device "cuda", for as long as this lasts and in this thread."""
+def emulated(late: bool = True, processors: int = 4) -> Iterator[EmulatedDevice]:
+    """torch with a device "cuda" of some multiprocessors, for as long as this lasts and in this thread."""
     from triton.runtime.interpreter import InterpretedFunction
 
     device = EmulatedDevice(late)
@@ -521,7 +546,7 @@ def emulated(late: bool = True) -> Iterator[EmulatedDevice]:
         return lambda *args, **kwargs: device.launch(self, executor, args, kwargs)
 
     properties = SimpleNamespace(
-        name="emulated", major=9, minor=0, multi_processor_count=4, total_memory=MEMORY, warp_size=32,
+        name="emulated", major=9, minor=0, multi_processor_count=processors, total_memory=MEMORY, warp_size=32,
         gcnArchName="", shared_memory_per_block_optin=227 * 1024, L2_cache_size=2**20,
     )  # fmt: skip
     swaps: dict[str, Any] = {
@@ -559,6 +584,7 @@ def emulated(late: bool = True) -> Iterator[EmulatedDevice]:
         stack.enter_context(mock.patch.object(InterpretedFunction, "__getitem__", getitem))
         pin = lambda tensor, device=None: tensor if _mode().is_pinned(tensor) else _mode().pin(tensor.clone())  # noqa: E731
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         torch._C._set_only_lift_cpu_tensors(True)
         torch.__future__.set_swap_module_params_on_conversion(True)
         _devices.append(device)
