@@ -147,9 +147,21 @@ def compile_variant(variant: Variant, target: str) -> Report:
     # Triton prints the whole of a program that the assembler refuses.
     with contextlib.redirect_stdout(sys.stderr):
         binary = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp_size), options=options)
+    return read_binary(variant.name, binary, target)
+
+
+def read_binary(name: str, binary: Any, target: str) -> Report:
+    """What a compiled kernel uses.
+
+    Args:
+        name: of the report. binary: a `CompiledKernel` of Triton for a target of `TARGETS`.
+    """
+    chip = TARGETS[target]
     registers, spills = _amd_usage(binary.asm) if chip.backend == "hip" else _nvidia_usage(binary.asm)
-    threads = variant.num_warps * chip.warp_size
-    return Report(variant.name, target, registers, int(binary.metadata.shared), spills, threads)
+    threads = binary.metadata.num_warps * chip.warp_size
+    # Triton would ask an allocator for it, which nobody sets.
+    error = "asks for global memory of its own" if getattr(binary.metadata, "global_scratch_size", 0) else None
+    return Report(name, target, registers, int(binary.metadata.shared), spills, threads, error)
 
 
 def _amd_usage(asm: Any) -> tuple[int, int]:
