@@ -342,7 +342,11 @@ class EmulatedDevice(TorchDispatchMode):
             return self.is_pinned(args[0])
         pinned = kwargs.pop("pin_memory", None)
         made = func(*args, **kwargs)
-        return self.pin(made) if pinned else made
+        if not pinned:
+            return made
+        if name in _FACTORIES:
+            _spoil(made) if self.computes else made.zero_()
+        return self.pin(made)
 
     def _check(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         for leaf in tree_leaves((args, kwargs)):

@@ -375,3 +375,31 @@ def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
     with emulated(late) as device:
         assert_same(found("cuda", True), wanted)
     assert device.replays > len(device.graphs)  # some graph served more than once
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts what an emulated device is asked for")
+@pytest.mark.parametrize("value", ["r", "l"])
+def test_steady_steps_take_no_memory_and_wait_for_winners_alone(value: str) -> None:
+    pytest.importorskip("triton")
+    with emulated() as device:
+        lm = CausalLM.load(llama(layers=1).model, device="cuda", attention_backend="triton")
+        running = engine(lm, {value: network({"r": "reader", "l": "lookahead"}[value], lm)}, graphs=True)
+        params = SamplingParams(values={value: 1.0}, num_candidates=3, max_tokens=9, ignore_eos=True)
+        for i in range(2):
+            running.add_request(str(i), [i + 1, 2], params.replace(seed=i))
+        running.step()  # the prompts
+
+        def asked() -> tuple[int, int]:
+            return device.allocations, sum(device.waits.values()) - device.waits["event"]
+
+        steps = []
+        while running.has_unfinished:
+            before, events = asked(), device.waits["event"]
+            if len(running.step()) == 2:
+                steps.append((asked() == before, device.waits["event"] - events))
+        # The tokens of the last step are read without another one behind it.
+        assert len(steps) > 5
+        assert all(quiet for quiet, _ in steps[1:])
+        assert (
+            max(waits for _, waits in steps) <= 3
+        )  # winners; that numbers of the step before the last have left, twice
