@@ -15,6 +15,7 @@ the same kernels as float64 scores.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -220,6 +221,9 @@ def pack_settings(rows: np.ndarray, arrays: Any, vocabulary: int) -> np.ndarray:
         arrays.position,
         np.minimum(arrays.num_candidates, vocabulary),
         arrays.keep_tail,
+        arrays.top_k,
+        arrays.top_p.view(np.int64),
+        arrays.min_p.view(np.int64),
     ]).astype(np.int64, copy=False)  # fmt: skip
 
 
@@ -235,11 +239,10 @@ def limited(arrays: Any, vocabulary: int) -> np.ndarray:
     )
 
 
-def pack_limits(rows: np.ndarray, arrays: Any, vocabulary: int, lines: np.ndarray) -> list[np.ndarray]:
-    """What `limited_scores` reads, in its order.
+def pack_changes(arrays: Any, vocabulary: int, lines: np.ndarray) -> list[np.ndarray]:
+    """The `Changes` of some sequences' logits, in their order.
 
     Args:
-        rows: int64 [S], the row of logits each sequence reads.
         arrays: a `sampling.SamplingArrays` of S sequences.
         vocabulary: tokens of a row.
         lines: int64 [P], the sequences that have limits.
@@ -256,52 +259,67 @@ def pack_limits(rows: np.ndarray, arrays: Any, vocabulary: int, lines: np.ndarra
 
     biased, index, _ = entries("bias")
     seen, among, owner = entries("history")
-    counts, temperature = arrays.history_counts[among], arrays.temperature[lines]
+    counts = arrays.history_counts[among]
     numbers = [
         arrays.bias_values[index],
         arrays.repetition_penalty[owner],
         arrays.frequency_penalty[owner] * counts,
         arrays.presence_penalty[owner] * (counts > 0),
-        np.where(temperature == 0, 1.0, temperature),
-        *(getattr(arrays, name)[lines] for name in ("top_k", "top_p", "min_p")),
     ]
-    return [rows[lines], biased, seen, *(each.astype(np.float64, copy=False) for each in numbers)]
+    return [biased, seen, *(each.astype(np.float64, copy=False) for each in numbers)]
 
 
-def limited_scores(
-    logits: Tensor, rows: Tensor, biased: Tensor, seen: Tensor, bias: Tensor, repetition: Tensor,
-    frequency: Tensor, presence: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
-) -> Tensor:  # fmt: skip
+@dataclass(frozen=True)
+class Changes:
+    """What biases and penalties do to the logits of P sequences.
+
+    Attributes:
+        biased, seen: int64 [n], [m], places in the flat scores with a bias, and of tokens that were there before.
+        bias: float64 [n].
+        repetition, frequency, presence: float64 [m], by what the places are scaled, then what is taken off.
+    """
+
+    biased: Tensor
+    seen: Tensor
+    bias: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+def limited_scores(logits: Tensor, settings: Tensor, lines: Tensor, changes: Changes | None = None) -> Tensor:
     """Scores after bias, penalties and temperature, -inf outside what top_k, top_p and min_p leave.
 
     The rules are those of `reference.process_scores` and `reference.support_order`, for P sequences at once.
 
     Args:
         logits: [B, V], any float dtype.
-        rows: int64 [P], the rows they read.
-        biased, seen: int64 [n], [m], places in the flat scores with a bias, and of tokens that were there before.
-        bias: float64 [n].
-        repetition, frequency, presence: float64 [m], by what the places are scaled, then what is taken off.
-        temperature, top_k, top_p, min_p: float64 [P]; a temperature of 0 is given as 1.
+        settings: int64 [SETTINGS, S] from `pack_settings`, on the logits' device.
+        lines: int64 [P], the sequences.
+        changes: biases and penalties; None: there are none.
 
     Returns:
         float64 [P, V] on the logits' device.
     """
+    rows, temperature, _, _, _, _, top_k, top_p, min_p = settings.index_select(1, lines)
+    temperature, top_p, min_p = (bits.view(torch.float64) for bits in (temperature, top_p, min_p))
     scores = logits.index_select(0, rows).double()
-    flat = scores.view(-1)
-    flat[biased] += bias
-    was = flat[seen]
-    flat[seen] = torch.where(was < 0, was * repetition, was / repetition) - frequency - presence
-    scores /= temperature[:, None]
+    if changes is not None:
+        flat = scores.view(-1)
+        flat[changes.biased] += changes.bias
+        was = flat[changes.seen]
+        scaled = torch.where(was < 0, was * changes.repetition, was / changes.repetition)
+        flat[changes.seen] = scaled - changes.frequency - changes.presence
+    scores /= torch.where(temperature == 0, 1.0, temperature)[:, None]
     return _mask(scores, top_k[:, None], top_p[:, None], min_p[:, None])
 
 
 def _mask(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The limits are float64 [P, 1]. Lines that are not finite come back as they are, to be refused as such."""
+    """Limits int64, float64, float64 [P, 1]. Lines that are not finite come back as they are, to be refused as such."""
     sound = (scores < math.inf).all(1, keepdim=True)
     values, ids = torch.sort(torch.where(sound, scores, 0.0), dim=1, descending=True, stable=True)
     keep = values > -math.inf
-    last = values.gather(1, (top_k.long() - 1).clamp(0, values.shape[1] - 1))
+    last = values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1))
     keep &= (values >= last) | (top_k == 0) | (top_k >= values.shape[1])
     # A line without a finite score makes NaN here, and keeps nothing.
     probabilities = torch.softmax(values.masked_fill(~keep, -math.inf), 1)
@@ -347,7 +365,7 @@ def select_packed(
         settings: int64 [SETTINGS, S] from `pack_settings`, on the device.
         width: W, one more than the most candidates; up to MAX_CANDIDATES + 1.
         scores: float64 [P, V] from `limited_scores`, contiguous.
-        lines: int32 [P], the sequences the scores belong to.
+        lines: int64 [P], the sequences the scores belong to.
         block: tokens of a tile, a power of two; 0 chooses.
 
     Returns:
@@ -427,9 +445,10 @@ def select_buffer(logits: Tensor, rows: np.ndarray, arrays: Any, block: int = 0)
     packed = [pack_settings(rows, arrays, vocabulary)]
     those = np.flatnonzero(limited(arrays, vocabulary))
     if len(those):
-        packed += [those.astype(np.int32), *pack_limits(rows, arrays, vocabulary, those)]
+        packed += [those, *pack_changes(arrays, vocabulary, those)]
     settings, *limits = to_device(packed, logits.device)
-    lines, scores = (limits[0], limited_scores(logits, *limits[1:])) if limits else (None, None)
+    lines = limits[0] if limits else None
+    scores = None if lines is None else limited_scores(logits, settings, lines, Changes(*limits[1:]))
     return select_packed(logits, settings, select_width(arrays, vocabulary), scores, lines, block)
 
 
@@ -437,7 +456,7 @@ def variants() -> list[Variant]:
     """The shipped configurations: every size of tile and number (float16 is as bfloat16), small to large merges."""
     from vas_engine.kernels.compile import Variant
 
-    signature = {"stride": "i64", "settings": "*i64", "lines": "*i32", "found": "*fp64"}
+    signature = {"stride": "i64", "settings": "*i64", "lines": "*i64", "found": "*fp64"}
     signature |= dict.fromkeys(("sequences", "vocabulary", "tiles", "kept"), "i32")
     listed = [
         Variant(

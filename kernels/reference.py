@@ -32,9 +32,9 @@ _MASK32 = 0xFFFFFFFF
 TOP_P_SLACK = 1e-12
 MAX_CANDIDATES = 64
 """What the kernel that selects has room for."""
-SETTINGS = 6
+SETTINGS = 9
 """Lines of packed settings: row of the logits, temperature (its bits), seed (its bits), position, candidates, whether
-to keep the tail."""
+to keep the tail, top_k, top_p and min_p (their bits)."""
 
 
 @dataclass

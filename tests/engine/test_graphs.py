@@ -39,11 +39,11 @@ def networks(lm) -> dict:
 
 def ask(rng: random.Random, names: list[str], limited: bool) -> SamplingParams:
     """A request of any sort; `limited`: perhaps with something that graphs do not hold."""
-    extra = {}
-    if limited and rng.random() < 0.1:
-        extra = rng.choice(
-            [{"top_k": 4}, {"top_p": 0.8}, {"repetition_penalty": 1.3}, {"logprobs": 2}, {"logit_bias": {3: 1.0}},
-             {"min_tokens": 3}, {"return_hidden_states": True}, {"n": 2}]
+    extra = rng.choice([{}, {}, {}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1, "top_k": 9}])
+    if limited and rng.random() < 0.2:
+        extra = extra | rng.choice(
+            [{"repetition_penalty": 1.3}, {"logprobs": 2}, {"logit_bias": {3: 1.0}}, {"min_tokens": 3},
+             {"return_hidden_states": True}, {"n": 2}]
         )  # fmt: skip
     # Values that look ahead go with those of a model of its own, but not with those that read the state before.
     some = rng.choice([[n for n in names if n[0] not in "lk"], [n for n in names if n[0] in "lkm"]])
@@ -278,9 +278,10 @@ def test_steps_of_both_sorts_side_by_side(lm) -> None:
         running = engine(lm, {"v": network("lookahead", lm)}, graphs=graphs)
         running.guide.states = [0, 1]  # what a plain step's sizes could be mistaken for
         events = []
-        for top_k in (5, 0, 5):
+        for penalty in (0.5, 0, 0.5):
             for i in range(4):
-                running.add_request(f"{top_k}-{i}", [i + 1], SamplingParams(seed=i, top_k=top_k, max_tokens=5))
+                params = SamplingParams(seed=i, presence_penalty=penalty, max_tokens=5)
+                running.add_request(f"{penalty}-{i}", [i + 1], params)
             events.append(tokens(drain(running)))
         results.append(events)
         assert not graphs or len(running.graphs) >= 2
@@ -359,14 +360,14 @@ def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
         for i in range(2):
             params = SamplingParams(
                 values=values if i else {}, num_candidates=3, seed=i, max_tokens=3 + 2 * i, ignore_eos=True,
-                prune=False, top_k=7 if i and not values else 0,
+                prune=False, top_p=0.8 if not i else 1.0, presence_penalty=0.5 if i and not values else 0.0,
             )  # fmt: skip
             running.add_request(str(i), [i + 1, 2], params)
         events += drain(running)
         if "r" in values:  # trained further: what was made of the weights must be made anew
             with torch.no_grad():
                 nets["r"].embed_weight.mul_(-1)
-        running.add_request("late", [4, 2], params.replace(top_k=0, max_tokens=3))
+        running.add_request("late", [4, 2], params.replace(presence_penalty=0.0, top_k=5, max_tokens=3))
         events += drain(running)
         assert not graphs or running.stats.graph_steps > 1
         return events

@@ -10,7 +10,7 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays
 
-TEMPERATURE, KEEP_TAIL = 0, 7
+TEMPERATURE, TOP_K, TOP_P, MIN_P, KEEP_TAIL = 0, 1, 2, 3, 7
 """Places among the knobs."""
 
 
@@ -26,6 +26,10 @@ def knobs(params: SamplingParams) -> tuple[float, ...]:
         params.frequency_penalty,
         params.tail == "keep",
     )
+
+
+def has_limits(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from vas_engine.engine.decode_step import DecodeStep, Drawn, ForwardStep, GuidedStep, Lane, LookaheadStep
+from vas_engine.engine.decode_step import DecodeStep, Drawn, ForwardStep, GuidedStep, Lane, LookaheadStep, Shape
 from vas_engine.engine.guide import Guide
 from vas_engine.engine.scheduler import Work
 from vas_engine.engine.sequence import Sequence
@@ -46,7 +46,6 @@ def unfit(params: SamplingParams, lookahead: bool, reads_before: bool) -> str | 
     reasons = {
         "values that read states before and after a candidate": lookahead and reads_before,
         f"more than {MAX_CANDIDATES} candidates": params.num_candidates > MAX_CANDIDATES and bool(params.values),
-        "top_k, top_p or min_p": params.top_k > 0 or params.top_p < 1 or params.min_p > 0,
         "penalties": (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0),
         "logit_bias": bool(params.logit_bias),
         "logprobs": bool(params.logprobs),
@@ -134,9 +133,9 @@ class DecodeGraphs:
             ahead = any(networks[i].reads_after for i in used)
             each, width = (min(candidates, self.lm.vocab_size) + 1, _width(candidates)) if used else (0, 1)
             sizes = {(bucket(n), bucket(n * each)) for n in range(1, most + 1)}
-            shapes += [(ahead, used, *size, width) for size in sorted(sizes, reverse=True)]
-        for shape in show(shapes):  # the smaller ones share the memory of the larger
-            step = self._step(*shape)
+            shapes += [(ahead, used, Shape(*size, width)) for size in sorted(sizes, reverse=True)]
+        for ahead, used, shape in show(shapes):  # the smaller ones share the memory of the larger
+            step = self._step(ahead, used, shape)
             assert step is not None
             step.run([], None)
 
@@ -166,16 +165,17 @@ class DecodeGraphs:
         guided = [s for s in sequences if s.networks]
         most = max((s.num_candidates for s in guided), default=0)
         rows = sum(min(s.num_candidates, self.lm.vocab_size) + 1 for s in guided)
-        return self._step(ahead, used, bucket(len(sequences)), bucket(rows), _width(most), make)
+        size, limits = bucket(len(sequences)), sum(s.limited for s in sequences)
+        # Their scores are sorted, so not those of all; but each number of them is another graph.
+        room = min(size, 1 << 2 * (((limits - 1).bit_length() + 1) // 2)) if limits else 0
+        return self._step(ahead, used, Shape(size, bucket(rows), _width(most), room), make)
 
-    def _step(
-        self, ahead: bool, used: list[int], size: int, rows: int, width: int, make: bool = True
-    ) -> GuidedStep | None:
+    def _step(self, ahead: bool, used: list[int], shape: Shape, make: bool = True) -> GuidedStep | None:
         """The step of a shape, which is made if it was not met before; None if it may not be."""
-        key = (ahead, size, rows, width, *((index, self.guide.networks[index].scorer.version) for index in used))
+        key = (ahead, shape, *((index, self.guide.networks[index].scorer.version) for index in used))
         if make and key not in self._guided:
             kind = LookaheadStep if ahead else DecodeStep
-            self._guided[key] = kind(self, self.lanes[ahead], used, size, rows, width)
+            self._guided[key] = kind(self, self.lanes[ahead], used, shape)
         return self._guided.get(key)
 
     def forward(self, sequences: Seq[Sequence]) -> ForwardOutput:

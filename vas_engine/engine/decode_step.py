@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vas_engine.engine.controls import KEEP_TAIL, TEMPERATURE
+from vas_engine.engine.controls import KEEP_TAIL, MIN_P, TEMPERATURE, TOP_K, TOP_P
 from vas_engine.engine.guide import Hidden, Network, concatenate
 from vas_engine.engine.rows import slot
 from vas_engine.engine.sequence import Sequence
@@ -136,6 +136,21 @@ class Lane:
         return SelectionTensors(**fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a step has room for.
+
+    Attributes:
+        size: sequences. rows: candidate rows. width: columns of a selection.
+        limits: sequences with a top_k, top_p or min_p.
+    """
+
+    size: int
+    rows: int
+    width: int
+    limits: int = 0
+
+
 class _Step(ABC):
     """A step of up to `size` sequences over tensors of its own."""
 
@@ -239,28 +254,29 @@ class GuidedStep(_Step):
 
     Args:
         used: places among the guide's networks of those that any of the sequences uses.
-        rows: candidate rows there is room for. width: columns of a selection.
+        shape: what there is room for.
     """
 
     def __init__(
-        self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int, fields: Fields
+        self, owner: DecodeGraphs, lane: Lane, used: list[int], shape: Shape, fields: Fields | None = None
     ) -> None:
-        networks = [owner.guide.networks[index] for index in used]
-        fields = fields | {
+        networks, size = [owner.guide.networks[index] for index in used], shape.size
+        fields = (fields or {}) | {
             "source": ((size,), torch.int64),  # row in the step before, if that is not read; else -1
             "settings": ((SETTINGS, size), torch.int64),
             "optimal": ((size,), torch.bool),
             "candidate_mean": ((size,), torch.bool),
             "next_slots": ((size,), torch.int64),
+            "lines": ((shape.limits,), torch.int64),  # those with limits; one of them fills up
         }
         for index, network in enumerate(networks):
-            shape = (size, network.columns.stop - network.columns.start)
+            lines = (size, network.columns.stop - network.columns.start)
             fields[f"uses{index}"] = (size,), torch.bool
-            fields[f"weights{index}"] = shape, torch.float32
-            fields[f"limits{index}"] = shape, torch.float64
-            fields[f"baselines{index}"] = shape, torch.float32
+            fields[f"weights{index}"] = lines, torch.float32
+            fields[f"limits{index}"] = lines, torch.float64
+            fields[f"baselines{index}"] = lines, torch.float32
         super().__init__(owner, lane, size, fields)
-        self.used, self.networks, self.rows, self.width = used, networks, rows, width
+        self.used, self.networks, self.shape = used, networks, shape
         self._result: Packed | None = None
 
     def run(self, sequences: Seq[Sequence], source: Mapping[int, int] | None) -> Callable[[], Drawn]:
@@ -297,6 +313,12 @@ class GuidedStep(_Step):
         settings[3, :count] = [len(s.token_ids) + ahead for s in sequences]
         settings[4, :count] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
         settings[5, :count] = knobs[:, KEEP_TAIL] != 0
+        settings[6, :count] = knobs[:, TOP_K]
+        settings[7:, :count] = knobs[:, [TOP_P, MIN_P]].T.copy().view(np.int64)
+        if self.shape.limits:
+            lines = np.flatnonzero([s.limited for s in sequences])
+            host["lines"][:] = lines[0]
+            host["lines"][: len(lines)] = lines
         if not self.networks:
             return
         host["optimal"][:count] = [s.optimal for s in sequences]
@@ -319,15 +341,21 @@ class GuidedStep(_Step):
         source = self.inputs.device["source"]
         return source >= 0, source.clamp(min=0)
 
+    def _select(self, logits: torch.Tensor) -> SelectionTensors:
+        """Candidates from the logits [size, V] of each sequence."""
+        given = self.inputs.device
+        lines = given["lines"] if self.shape.limits else None
+        return select_on_device(logits, given["settings"], self.shape.width, lines, self.owner.guide.sampler)
+
     def _lay(self, counts: torch.Tensor, selection: SelectionTensors, positions: torch.Tensor) -> _Rows:
         """Rows of the first `counts` (int64 [size]) candidates, which stand at `positions` int64 [size]."""
         offsets = F.pad(counts.cumsum(0), (1, 0))
-        row = torch.arange(self.rows, device=offsets.device)
+        row = torch.arange(self.shape.rows, device=offsets.device)
         owner = torch.searchsorted(offsets[1:], row, right=True)
         live, owner = owner < self.size, owner.clamp(max=self.size - 1)
-        column = (row - offsets[owner]).clamp(max=self.width - 1)
+        column = (row - offsets[owner]).clamp(max=self.shape.width - 1)
         places = torch.where(live, positions[owner], 0)
-        laid = torch.cat([offsets[:-1], offsets.new_full((1,), self.rows)]).to(torch.int32)
+        laid = torch.cat([offsets[:-1], offsets.new_full((1,), self.shape.rows)]).to(torch.int32)
         batch = AttentionBatch(
             self.lane.tables.device[: self.size],
             laid,
@@ -367,7 +395,7 @@ class GuidedStep(_Step):
             elif network.reads_after:
                 assert after is not None
                 source = concatenate(after[0], network.scorer.states)
-                where = (after[1].offsets[laid.owner] + laid.column).clamp(max=self.rows - 1)
+                where = (after[1].offsets[laid.owner] + laid.column).clamp(max=self.shape.rows - 1)
             features = network.scorer.features(laid.token_ids, source, where, laid.batch)
             weights, limits, baselines = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
             baselines = torch.where(carried[:, None], self.lane.utilities[place, network.columns], baselines)
@@ -409,18 +437,15 @@ class GuidedStep(_Step):
 class DecodeStep(GuidedStep):
     """From the sequences' last tokens to their next ones."""
 
-    def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int) -> None:
-        super().__init__(owner, lane, used, size, rows, width, {})
-
     def _read(self, arrays: list[np.ndarray]) -> Drawn:
         return self._drawn(arrays)[0]
 
     def _work(self) -> None:
-        lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
+        lm, given = self.owner.lm, self.inputs.device
         carried, place = self._carried()
         forward = self._forward(torch.where(carried, self.lane.tokens[place], given["tokens"]))
         logits = lm.logits(forward.last_hidden)
-        selection = select_on_device(logits, given["settings"], self.width, guide.sampler)
+        selection = self._select(logits)
         if self.networks:
             scored = self._score(selection, given["positions"] + 1, forward.hidden)
         else:
@@ -435,10 +460,10 @@ class DecodeStep(GuidedStep):
 class LookaheadStep(GuidedStep):
     """From candidates to the one that wins, and on to the candidates of the token behind it."""
 
-    def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], size: int, rows: int, width: int) -> None:
-        shapes = {True: (size, width), False: (size,)}
+    def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], shape: Shape) -> None:
+        shapes = {True: (shape.size, shape.width), False: (shape.size,)}
         fields: Fields = {name: (shapes[wide], dtype) for name, (wide, dtype, _) in _SELECTION.items()}
-        super().__init__(owner, lane, used, size, rows, width, fields)
+        super().__init__(owner, lane, used, shape, fields)
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
         """Candidates stand behind the last token; the host brings those that it knows of."""
@@ -471,7 +496,7 @@ class LookaheadStep(GuidedStep):
         column = scored.winners.column
         won = torch.where(column >= 0, laid.offsets[:-1] + column, 0)
         lm.commit(won, torch.where(column >= 0, given["slots"], -1))
-        following = select_on_device(lm.logits(forward.last_hidden[won]), given["settings"], self.width, guide.sampler)
+        following = self._select(lm.logits(forward.last_hidden[won]))
         self.lane.keep(following)
         self._result = Packed([selection.finite, selection.count, *_flat(scored), *vars(following).values()])
 

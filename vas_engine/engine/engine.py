@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vas_engine.engine.blocks import BlockManager
-from vas_engine.engine.controls import gather, has_penalties, knobs
+from vas_engine.engine.controls import gather, has_limits, has_penalties, knobs
 from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
 from vas_engine.engine.decode_step import Drawn
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
@@ -237,6 +237,7 @@ class Engine:
         sequence.salt = self.guide.salt(sequence)
         sequence.use_prefix_cache = not params.return_hidden_states
         sequence.knobs = knobs(params)
+        sequence.limited = has_limits(params)
         sequence.penalised = has_penalties(params)
         sequence.bias = dict(params.logit_bias or {})
         eos = () if params.ignore_eos else self.lm.eos_token_ids

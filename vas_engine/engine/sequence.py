@@ -56,6 +56,7 @@ class Sequence:
         own_cache: a network keeps K/V of its own.
         all_needed: every candidate must be scored (no pruning).
         unfit: why its steps cannot be graphs from end to end; None if they can.
+        limited: it has a top_k, top_p or min_p.
         end_ids: tokens that end it.
         filled: leading positions that the networks have processed.
         carry: hidden states of the last computed position, where the next rows need them.
@@ -104,6 +105,7 @@ class Sequence:
     unfit: str | None = None
     num_candidates: int = 0
     knobs: tuple[float, ...] = ()
+    limited: bool = False
     end_ids: frozenset[int] = frozenset()
     bias: dict[int, float] = field(default_factory=dict, repr=False)
     penalised: bool = False

@@ -83,15 +83,20 @@ def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backe
 
 
 def select_on_device(
-    logits: torch.Tensor, settings: torch.Tensor, width: int, backend: str = "auto"
+    logits: torch.Tensor,
+    settings: torch.Tensor,
+    width: int,
+    lines: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> reference.SelectionTensors:
-    """`select` without limits, bias or penalties, from settings that lie where the logits do.
+    """`select` without bias and penalties, from settings that lie where the logits do.
 
     Args:
         logits: [B, V], as `select`'s.
-        settings: int64 [SETTINGS, S]: row of the logits, temperature (its bits), seed (its bits), position,
-            candidates, whether to keep the tail.
+        settings: int64 [SETTINGS, S], see there.
         width: W, at least one more than the most candidates.
+        lines: int64 [P], all sequences that have a top_k, top_p or min_p, some of them perhaps more than once; None: no
+            sequence has any.
         backend: as `select`'s; the Triton kernels only launch and wait for nothing.
 
     Returns:
@@ -100,8 +105,9 @@ def select_on_device(
     if resolve_backend(backend, logits.device) == "triton":
         from vas_engine.kernels import candidate_select as kernels
 
-        return kernels.views(kernels.select_packed(logits, settings, width), settings.shape[1], width)
-    rows, temperature, seed, position, candidates, keep_tail = settings.cpu().numpy()
+        scores = None if lines is None else kernels.limited_scores(logits, settings, lines)
+        return kernels.views(kernels.select_packed(logits, settings, width, scores, lines), settings.shape[1], width)
+    rows, temperature, seed, position, candidates, keep_tail, top_k, top_p, min_p = settings.cpu().numpy()
     arrays = SamplingArrays.build(
         len(rows),
         temperature=temperature.view(np.float64),
@@ -109,6 +115,9 @@ def select_on_device(
         position=position,
         num_candidates=candidates,
         keep_tail=keep_tail,
+        top_k=top_k,
+        top_p=top_p.view(np.float64),
+        min_p=min_p.view(np.float64),
     )
     found = select(logits, np.ascontiguousarray(rows), arrays, backend)
     missing = ((0, 0), (0, width - found.token_ids.shape[1]))
