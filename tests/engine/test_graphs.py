@@ -378,6 +378,27 @@ def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
     assert device.replays > len(device.graphs)  # some graph served more than once
 
 
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+def test_limits_within_graphs() -> None:
+    """Of some sequences, whose number and places among the others change."""
+    pytest.importorskip("triton")
+
+    def found(device: str, **options) -> list[TokenEvent]:
+        lm = CausalLM.load(llama(layers=1).model, device=device, attention_backend=options.pop("backend"))
+        running = engine(lm, **options)
+        asked = [{}, {"top_p": 0.5}, {}, {"top_k": 2}, {"min_p": 0.3, "top_p": 0.9}]
+        for i, limits in enumerate(asked):
+            params = SamplingParams(seed=i, max_tokens=9 - i if i % 2 else 4 + i, ignore_eos=True, **limits)
+            running.add_request(str(i), [i + 1, 2], params)
+        events = drain(running)
+        assert not options or running.stats.obstacles == {"prompts": 1}
+        return events
+
+    wanted = found("cpu", backend="reference")
+    with emulated():
+        assert_same(found("cuda", backend="triton", graphs=True), wanted)
+
+
 @pytest.mark.skipif(HAS_GPU, reason="counts what an emulated device is asked for")
 @pytest.mark.parametrize("value", ["r", "l"])
 def test_steady_steps_take_no_memory_and_wait_for_winners_alone(value: str) -> None:

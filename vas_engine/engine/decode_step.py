@@ -267,7 +267,7 @@ class GuidedStep(_Step):
             "optimal": ((size,), torch.bool),
             "candidate_mean": ((size,), torch.bool),
             "next_slots": ((size,), torch.int64),
-            "lines": ((shape.limits,), torch.int64),  # those with limits; one of them fills up
+            "lines": ((shape.limits,), torch.int64),  # those with limits; others, or one of them twice, do no harm
         }
         for index, network in enumerate(networks):
             lines = (size, network.columns.stop - network.columns.start)
@@ -317,7 +317,6 @@ class GuidedStep(_Step):
         settings[7:, :count] = knobs[:, [TOP_P, MIN_P]].T.copy().view(np.int64)
         if self.shape.limits:
             lines = np.flatnonzero([s.limited for s in sequences])
-            host["lines"][:] = lines[0]
             host["lines"][: len(lines)] = lines
         if not self.networks:
             return

@@ -95,8 +95,8 @@ def select_on_device(
         logits: [B, V], as `select`'s.
         settings: int64 [SETTINGS, S], see there.
         width: W, at least one more than the most candidates.
-        lines: int64 [P], all sequences that have a top_k, top_p or min_p, some of them perhaps more than once; None: no
-            sequence has any.
+        lines: int64 [P], all sequences that have a top_k, top_p or min_p; others, or one of them twice, do no harm.
+            None: no sequence has any.
         backend: as `select`'s; the Triton kernels only launch and wait for nothing.
 
     Returns:
