@@ -8,7 +8,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-_TRITON = {"candidate_input": "candidate_input", "value_head_tilt": "value_tilt"}
+_TRITON = {
+    "candidate_input": "candidate_input",
+    "candidate_rows": "candidate_rows",
+    "value_head_tilt": "value_tilt",
+    "winner_rows": "candidate_rows",
+}
 
 
 @cache
@@ -23,6 +28,6 @@ def interprets() -> bool:
 
 
 def function(name: str, backend: str) -> Callable[..., Any]:
-    """`candidate_input` or `value_head_tilt`: the Triton kernel, or the reference where a backend has none."""
+    """A function of `reference` that has a Triton twin: that one, or the reference where a backend has none."""
     module = "reference" if backend in ("cpp", "reference") else _TRITON[name]
     return getattr(importlib.import_module(f"vas_engine.kernels.{module}"), name)

@@ -312,29 +312,49 @@ def host_items(
     return table
 
 
+@triton.jit(do_not_specialize=["groups", "splits"])
+def _plan(
+    offsets, items, groups, splits,
+    SHARE: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The items of one tile a program: tiles are numbered through the groups."""
+    tile, group = tl.program_id(0), tl.arange(0, GROUPS)
+    live = group < groups
+    rows = tl.load(offsets + group + 1, mask=live, other=0) - tl.load(offsets + group, mask=live, other=0)
+    tiles = (rows * SHARE + PAIRS - 1) // PAIRS
+    mine = tl.sum((live & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32), 0)
+    first = (tile - tl.sum(tl.where(group < mine, tiles, 0), 0)) * PAIRS
+    split = tl.arange(0, SPLITS)
+    inside = split < splits
+    item = items + (tile * splits + split) * 4
+    tl.store(item, tl.where(mine < groups, mine, -1), mask=inside)
+    tl.store(item + 1, first, mask=inside)
+    tl.store(item + 2, split, mask=inside)
+    tl.store(item + 3, splits, mask=inside)
+
+
 def device_items(group_offsets: Tensor, rows: int, share: int, pairs: int, splits: int) -> Tensor:
     """Items worked out on the device, where the host knows shapes only: every tile has as many splits.
 
-    Nothing is read back and every shape follows from the arguments' shapes, so a CUDA graph can hold this; items
-    that turn out not to be needed have group -1.
+    One launch; nothing is read back and every shape follows from the arguments' shapes, so a CUDA graph can hold this.
+    Items that turn out not to be needed have group -1.
 
     Args:
-        group_offsets: int32 [G + 1]. rows: R.
+        group_offsets: int32 [G + 1], G at least 1. rows: R.
 
     Returns:
         int32 [W, 4], see `Items`.
     """
     groups = len(group_offsets) - 1
-    tiles = -(-group_offsets.diff() * share // pairs)
-    ends = tiles.cumsum(0)
-    tile = torch.arange(min(rows, groups) + rows * share // pairs, device=group_offsets.device)
-    group = torch.searchsorted(ends, tile, right=True)
-    known = group.clamp(max=groups - 1)
-    first = (tile - (ends - tiles)[known]) * pairs
-    table = torch.stack([torch.where(group < groups, group, -1), first], 1).to(torch.int32)
-    split = torch.arange(splits, device=table.device, dtype=torch.int32).expand(len(table), splits)
-    table = table[:, None].expand(-1, splits, -1)
-    return torch.cat([table, split[..., None], torch.full_like(split, splits)[..., None]], 2).flatten(0, 1)
+    tiles = min(rows, groups) + rows * share // pairs
+    items = group_offsets.new_empty(tiles * splits, 4)
+    if tiles:
+        _plan[(tiles,)](
+            group_offsets, items, groups, splits,
+            SHARE=share, PAIRS=pairs, GROUPS=triton.next_power_of_2(groups), SPLITS=triton.next_power_of_2(splits),
+            num_warps=1,
+        )  # fmt: skip
+    return items
 
 
 def plan(q: Tensor, k_pages: Tensor, block_tables: Tensor, group_offsets: Tensor, splits: int | None = None) -> Items:
@@ -500,6 +520,10 @@ def variants() -> list[Variant]:
     chosen += [(large, 128, "fp16", True, True), (large, 128, "bf16", True, False)]
     chosen += [(configuration(LARGEST_TILE, 256, False), 256, "bf16", True, False), (large, 80, "bf16", True, True)]
     listed = [variant for choice in chosen for variant in attention_variants("candidate_attention", *choice)]
+    numbers = {"offsets": "*i32", "items": "*i32", "groups": "i32", "splits": "i32"}
+    for groups, splits in ((1, 1), (64, 4), (256, MAX_SPLITS)):
+        shape = {"SHARE": 4, "PAIRS": 64, "GROUPS": groups, "SPLITS": splits}
+        listed.append(Variant(f"plan {groups}x{splits}", _plan, numbers, shape, 1, 3, ("offsets", "items")))
     signature = {"offsets": "*i32", "items": "*i32", "out": "*bf16", "partial": "*fp32", "stats": "*fp32"}
     aligned = tuple(signature)
     constants = {"KV_HEADS": 8, "SHARE": 4, "M": 128, "SPLITS": MAX_SPLITS, "AT_ONCE": 16}

@@ -30,7 +30,7 @@ from vas_engine.kernels import has_triton
 
 MODULES = (
     "candidate_attention", "paged_prefill", "kv_commit", "candidate_select", "value_tilt", "candidate_input",
-    "reader_step",
+    "candidate_rows", "reader_step",
 )  # fmt: skip
 """Modules of kernels; one that is absent or has no `variants()` is passed over."""
 

@@ -652,6 +652,82 @@ def value_head_tilt(
     return ValueTilt(values, utilities, winners, row)
 
 
+@dataclass
+class CandidateRows:
+    """Result of `candidate_rows`: R rows of S sequences, those of one next to one another.
+
+    Attributes:
+        offsets: int32 [S + 1]; sequence s owns rows [offsets[s], offsets[s + 1]), and nobody those behind the last.
+        groups: int32 [S + 1], the same, but the last sequence owns these too.
+        owner: int64 [R]. column: int32 [R], which of its candidates a row is.
+        token_ids, positions: int64 [R]. prefix_lens: int32 [R]. Rows that nobody owns stand at position 0.
+    """
+
+    offsets: Tensor
+    groups: Tensor
+    owner: Tensor
+    column: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    prefix_lens: Tensor
+
+
+def candidate_rows(
+    count: Tensor, uses: Tensor | None, token_ids: Tensor, positions: Tensor, rows: int
+) -> CandidateRows:
+    """Lays the candidates of S sequences out as rows, without anything that depends on their number.
+
+    Args:
+        count: int64 [S], candidates of each; `rows` is at least their sum.
+        uses: bool [S], the sequences that bring theirs; None: all do.
+        token_ids: int64 [S, W], their candidates. positions: int64 [S], where these stand.
+        rows: R.
+    """
+    if uses is not None:
+        count = torch.where(uses, count, 0)
+    sequences, width = token_ids.shape
+    offsets = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    row = torch.arange(rows, device=offsets.device)
+    owner = torch.searchsorted(offsets[1:], row, right=True)
+    owned, owner = owner < sequences, owner.clamp(max=sequences - 1)
+    column = (row - offsets[owner]).clamp(max=width - 1)
+    place = torch.where(owned, positions[owner], 0)
+    groups = torch.cat([offsets[:-1], offsets.new_full((1,), rows)])
+    tokens = token_ids[owner, column].clamp(min=0)
+    return CandidateRows(offsets.int(), groups.int(), owner, column.int(), tokens, place, place.int())
+
+
+@dataclass
+class WinnerRows:
+    """Result of `winner_rows`; a sequence that has no winner among the rows gets zeros, and slot -1.
+
+    Attributes:
+        rows, slots: int64 [S], the winner's row, and where its K/V go.
+        values, utilities: float32 [S, heads], of that row.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    values: Tensor
+    utilities: Tensor
+
+
+def winner_rows(
+    column: Tensor, uses: Tensor, offsets: Tensor, slots: Tensor, values: Tensor, utilities: Tensor
+) -> WinnerRows:
+    """What the rows of the winners say.
+
+    Args:
+        column: int64 [S], of the winners, -1 where there is none.
+        uses: bool [S], the sequences that have rows. offsets: int32 [S + 1], as `CandidateRows` has them.
+        slots: int64 [S]. values, utilities: float32 [R, heads].
+    """
+    moves = uses & (column >= 0)
+    rows = torch.where(moves, offsets[:-1] + column, 0)
+    kept = (torch.where(moves[:, None], of[rows], 0.0) for of in (values, utilities))
+    return WinnerRows(rows, torch.where(moves, slots, -1), *kept)
+
+
 def candidate_input(
     states: Tensor,
     state_index: Tensor,

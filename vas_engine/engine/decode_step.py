@@ -14,17 +14,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from vas_engine.engine.controls import KEEP_TAIL, MIN_P, TEMPERATURE, TOP_K, TOP_P
 from vas_engine.engine.guide import Hidden, Network, concatenate
 from vas_engine.engine.rows import slot
 from vas_engine.engine.sequence import Sequence
-from vas_engine.kernels.reference import MAX_CANDIDATES, SETTINGS, SelectionTensors, ValueSettings, WinnerTensors
+from vas_engine.kernels.reference import (
+    MAX_CANDIDATES,
+    SETTINGS,
+    CandidateRows,
+    SelectionTensors,
+    ValueSettings,
+    WinnerTensors,
+)
 from vas_engine.kernels.transfer import Packed
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.graphs import Exchange
@@ -165,6 +171,7 @@ class _Step(ABC):
         }
         self.inputs = Exchange(places | fields, owner.lm.device)
         self._offsets = torch.arange(size + 1, dtype=i32, device=owner.lm.device)
+        self._plans: dict[Any, Any] = {}
         self._replay: Callable[[], None] | None = None
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
@@ -195,9 +202,16 @@ class _Step(ABC):
     def _forward(self, token_ids: torch.Tensor) -> ForwardOutput:
         """The base model over the sequences' last tokens int64 [size]."""
         given, tables = self.inputs.device, self.lane.tables.device[: self.size]
-        # Everything that a batch works out from its numbers must be worked out here, each time.
+        # Everything that a batch works out from its numbers must be worked out here, each time; but each sequence has
+        # one row, now and then.
         batch = AttentionBatch(
-            tables, self._offsets, given["prefix_lens"], given["slots"], given["positions"], unslotted=False
+            tables,
+            self._offsets,
+            given["prefix_lens"],
+            given["slots"],
+            given["positions"],
+            unslotted=False,
+            plans=self._plans,
         )
         return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)
 
@@ -221,24 +235,6 @@ class ForwardStep(_Step):
         assert found is not None
         hidden = {index: states[:count] for index, states in found.hidden.items()}
         return ForwardOutput(hidden, found.last_hidden[:count])
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Candidate rows, as many as there is room for, of the sequences that bring any.
-
-    Attributes:
-        offsets: int64 [size + 1]; rows behind the last sequence's see nothing, and what comes of them is not read.
-        owner, column: int64 [rows], the sequence of a row and which of its candidates it is.
-        token_ids: int64 [rows].
-        batch: the same for attention.
-    """
-
-    offsets: torch.Tensor
-    owner: torch.Tensor
-    column: torch.Tensor
-    token_ids: torch.Tensor
-    batch: AttentionBatch
 
 
 @dataclass(slots=True)
@@ -277,6 +273,8 @@ class GuidedStep(_Step):
             fields[f"baselines{index}"] = lines, torch.float32
         super().__init__(owner, lane, size, fields)
         self.used, self.networks, self.shape = used, networks, shape
+        self._row = torch.arange(shape.rows, device=owner.lm.device)
+        self._unslotted = torch.full_like(self._row, -1)
         self._result: Packed | None = None
 
     def run(self, sequences: Seq[Sequence], source: Mapping[int, int] | None) -> Callable[[], Drawn]:
@@ -346,80 +344,71 @@ class GuidedStep(_Step):
         lines = given["lines"] if self.shape.limits else None
         return select_on_device(logits, given["settings"], self.shape.width, lines, self.owner.guide.sampler)
 
-    def _lay(self, counts: torch.Tensor, selection: SelectionTensors, positions: torch.Tensor) -> _Rows:
-        """Rows of the first `counts` (int64 [size]) candidates, which stand at `positions` int64 [size]."""
-        offsets = F.pad(counts.cumsum(0), (1, 0))
-        row = torch.arange(self.shape.rows, device=offsets.device)
-        owner = torch.searchsorted(offsets[1:], row, right=True)
-        live, owner = owner < self.size, owner.clamp(max=self.size - 1)
-        column = (row - offsets[owner]).clamp(max=self.shape.width - 1)
-        places = torch.where(live, positions[owner], 0)
-        laid = torch.cat([offsets[:-1], offsets.new_full((1,), self.shape.rows)]).to(torch.int32)
-        batch = AttentionBatch(
-            self.lane.tables.device[: self.size],
-            laid,
-            places.to(torch.int32),
-            torch.full_like(row, -1),
-            places,
-            unslotted=True,
+    def _lay(
+        self, selection: SelectionTensors, uses: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[CandidateRows, AttentionBatch]:
+        """Rows of all candidates, of sequences that use (bool [size]) a network; they stand at int64 [size]."""
+        lay = self.owner.guide.candidate_rows
+        rows = lay(selection.count, uses, selection.token_ids, positions, self.shape.rows)
+        tables = self.lane.tables.device[: self.size]
+        return rows, AttentionBatch(
+            tables, rows.groups, rows.prefix_lens, self._unslotted, rows.positions, unslotted=True
         )
-        return _Rows(offsets, owner, column, selection.token_ids[owner, column].clamp(min=0), batch)
 
     def _score(
         self,
         selection: SelectionTensors,
         positions: torch.Tensor,
         before: Hidden,
-        after: tuple[Hidden, _Rows] | None = None,
+        after: tuple[Hidden, CandidateRows, AttentionBatch] | None = None,
     ) -> _Scored:
         """Values of all candidates, which stand at `positions` int64 [size], their tilt, and the winners.
 
         Args:
             before: states [size, H] of the positions before.
-            after: states [rows, H] of the candidates themselves, and which rows these are.
+            after: states [rows, H] of the candidates themselves, and which rows these are; of a step with lookahead.
         """
         guide, given = self.owner.guide, self.inputs.device
         carried, place = self._carried()
         tilt = torch.zeros_like(selection.log_probs)
         scored = []
         for index, network in enumerate(self.networks):
-            uses = given[f"uses{index}"]
+            uses, source, where = given[f"uses{index}"], None, None
             if after is not None and len(self.networks) == 1:
-                laid = after[1]  # all of them use it
+                rows, batch = after[1:]  # all of them use it
             else:
-                laid = self._lay(torch.where(uses, selection.count, 0), selection, positions)
-            source, where = None, None
+                rows, batch = self._lay(selection, uses, positions)
             if network.reads_before:
-                source, where = concatenate(before, network.scorer.states), laid.owner
+                source, where = concatenate(before, network.scorer.states), rows.owner
             elif network.reads_after:
                 assert after is not None
                 source = concatenate(after[0], network.scorer.states)
-                where = (after[1].offsets[laid.owner] + laid.column).clamp(max=self.shape.rows - 1)
-            features = network.scorer.features(laid.token_ids, source, where, laid.batch)
+                where = self._row
+                if rows is not after[1]:
+                    where = (after[1].offsets[rows.owner] + rows.column).clamp(max=self.shape.rows - 1).long()
+            features = network.scorer.features(rows.token_ids, source, where, batch)
             weights, limits, baselines = (given[f"{name}{index}"] for name in ("weights", "limits", "baselines"))
             baselines = torch.where(carried[:, None], self.lane.utilities[place, network.columns], baselines)
             found = guide.head_tilt(
                 features,
                 network.scorer.served_heads.weights,
                 ValueSettings(weights, limits, baselines, given["optimal"], given["candidate_mean"]),
-                laid.offsets.to(torch.int32),
-                laid.column.to(torch.int32),
+                rows.offsets,
+                rows.column,
                 selection,
                 tilt,
                 choose=network is self.networks[-1],
             )
-            scored.append((network, uses, laid.offsets, found))
+            scored.append((network, uses, rows.offsets, found))
         winners = scored[-1][3].winners
         assert winners is not None
         parts = []
         for network, uses, offsets, found in scored:
-            moves = uses & (winners.column >= 0)
-            won = torch.where(moves, offsets[:-1] + winners.column, 0)
-            values, utilities = (torch.where(moves[:, None], of[won], 0.0) for of in (found.values, found.utilities))
-            self.lane.utilities[: self.size, network.columns] = utilities
-            parts.append((network, values, utilities))
+            won = guide.winner_rows(winners.column, uses, offsets, given["next_slots"], found.values, found.utilities)
+            self.lane.utilities[: self.size, network.columns] = won.utilities
+            parts.append((network, won.values, won.utilities))
             if network.scorer.cache is not None:
-                network.scorer.commit(won, torch.where(moves, given["next_slots"], -1))
+                network.scorer.commit(won.rows, won.slots)
         return _Scored(winners, parts)
 
     def _drawn(self, arrays: list[np.ndarray]) -> tuple[Drawn, list[np.ndarray]]:
@@ -489,11 +478,11 @@ class LookaheadStep(GuidedStep):
         lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
         carried, place = self._carried()
         selection = self.lane.kept(place, carried, given)
-        laid = self._lay(selection.count, selection, given["positions"])
-        forward = lm.forward(laid.token_ids, laid.batch, guide.states)
-        scored = self._score(selection, given["positions"], {}, (forward.hidden, laid))
+        rows, batch = self._lay(selection, None, given["positions"])
+        forward = lm.forward(rows.token_ids, batch, guide.states)
+        scored = self._score(selection, given["positions"], {}, (forward.hidden, rows, batch))
         column = scored.winners.column
-        won = torch.where(column >= 0, laid.offsets[:-1] + column, 0)
+        won = torch.where(column >= 0, rows.offsets[:-1] + column, 0)
         lm.commit(won, torch.where(column >= 0, given["slots"], -1))
         following = self._select(lm.logits(forward.last_hidden[won]))
         self.lane.keep(following)

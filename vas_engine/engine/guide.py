@@ -115,7 +115,7 @@ class Guide:
 
     Attributes:
         fuses: whether heads, tilt and draw are one kernel: where the base model's attention is Triton's too.
-        head_tilt: `value_head_tilt` of that kernel, or its reference.
+        head_tilt, candidate_rows, winner_rows: the kernels of these names, or their references.
         sampler: the backend that selects candidates.
     """
 
@@ -126,6 +126,8 @@ class Guide:
         self.fuses = launches(lm.attention_backend)
         self.sampler = "triton" if self.fuses else "auto"
         self.head_tilt = function("value_head_tilt", lm.attention_backend)
+        self.candidate_rows = function("candidate_rows", lm.attention_backend)
+        self.winner_rows = function("winner_rows", lm.attention_backend)
         self._arrange(scorers)
 
     def _arrange(self, scorers: Mapping[str, Scorer]) -> None:

@@ -47,9 +47,11 @@ class AttentionBatch:
     """The same numbers as arrays, of whoever built the batch (a dataclass with `offsets`, `prefix_lens`, `slots` and
     `positions`, as `engine.rows.Rows`), for what the host plans; None: they would have to be fetched."""
     unslotted: bool | None = None
-    """Whether any row is unslotted, of a batch whose numbers only the device knows and nobody may fetch."""
+    """Whether all rows are unslotted, else none is: of a batch whose numbers only the device knows, which nobody fetches."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a backend works out once and uses in every layer."""
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What follows from `group_offsets` and shapes alone: other batches of the same may be given it."""
 
     @classmethod
     def build(
@@ -148,6 +150,8 @@ class AttentionBatch:
     def strict(self) -> AttentionBatch:
         """The same rows looking at positions strictly below their own and at no key of theirs: a reader's
         look."""
+        if self.unslotted:
+            return self
         below = torch.minimum(self.prefix_lens.to(torch.int64), self.positions).to(torch.int32)
         nowhere = torch.full_like(self.slots, -1)
         host = self.host
