@@ -47,7 +47,7 @@ class AttentionBatch:
     """The same numbers as arrays, of whoever built the batch (a dataclass with `offsets`, `prefix_lens`, `slots` and
     `positions`, as `engine.rows.Rows`), for what the host plans; None: they would have to be fetched."""
     unslotted: bool | None = None
-    """Whether all rows are unslotted, else none is: of a batch whose numbers only the device knows, which nobody fetches."""
+    """Of a batch whose numbers only the device knows, and nobody may fetch: whether all rows are unslotted, or none."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a backend works out once and uses in every layer."""
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
