@@ -109,7 +109,7 @@ def tiny(device: EmulatedDevice) -> None:
         assert all(len(ids) == 3 for ids in tokens(drain(running)).values())
     assert running.stats.graph_steps
     assert {kernel.split(":")[0] for kernel in launched(device)} == {
-        "candidate_attention", "candidate_input", "candidate_select", "kv_commit", "value_tilt"
+        "candidate_attention", "candidate_input", "candidate_rows", "candidate_select", "kv_commit", "value_tilt"
     }  # fmt: skip
 
 

@@ -27,7 +27,12 @@ PARTS = ("weights", "kv", "network", "head", "sampler")
 _LAYER_KERNELS, _ATTENTION_KERNELS = 8, 2
 # Those of value networks, compiled with it; one by one they are 22 and 26.
 _NETWORK_INPUT_KERNELS, _NETWORK_LAYER_KERNELS = 8, 8
-_OUTPUT_KERNELS, _HEAD_KERNELS, _SAMPLER_KERNELS = 4, 2, 3
+# Heads, tilt and winner are one kernel; rows, plan, baselines and results come to eight.
+_OUTPUT_KERNELS = 9
+# Embedding, angles, last norm, product; two of selection, and ten that bring a step's numbers and pack its results.
+_HEAD_KERNELS, _SAMPLER_KERNELS = 5, 12
+# A step with lookahead also lays out the base model's rows, and keeps its selection for the next.
+_LOOKAHEAD_KERNELS = 30
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -362,7 +367,8 @@ def step_work(
         works += _network(shape, network, batch, scored, context, prefill)
     logits = batch * shape.vocab * size
     works.append(Work("head", shape.embedding * size + logits, 2 * batch * shape.embedding, _HEAD_KERNELS, dtype))
-    works.append(Work("sampler", logits, 0, _SAMPLER_KERNELS, dtype))
+    kernels = _SAMPLER_KERNELS + (_LOOKAHEAD_KERNELS if lookahead else 0)
+    works.append(Work("sampler", logits, 0, kernels, dtype))
     return works
 
 

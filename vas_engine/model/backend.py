@@ -195,7 +195,7 @@ class TritonLayer:
             raise InvalidArgumentError("q", tuple(q.shape), fix)
         q, k, v = _strided(q)[0], self._own(k, rows), self._own(v, rows)
         pages = (self.k_pages, self.v_pages)
-        if k is not None and v is not None:
+        if k is not None and v is not None and batch.has_slotted:
             self.commit.write_pages(k, v, *pages, batch.slots)
         out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
         seen = (q, *pages, batch.block_tables, batch.group_offsets, batch.prefix_lens)

@@ -142,6 +142,13 @@ class AttentionBatch:
         return bool(self.see_self.any() if self.host is None else (self.host.slots < 0).any())
 
     @cached_property
+    def has_slotted(self) -> bool:
+        """Whether any row may be slotted: where only the device knows a row's slot, it may be -1 nonetheless."""
+        if self.unslotted is not None:
+            return not self.unslotted
+        return self.host is None or bool((self.host.slots >= 0).any())
+
+    @cached_property
     def offsets(self) -> list[int]:
         """``group_offsets`` as Python integers."""
         return self.group_offsets.tolist()
