@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.conftest import engine, generate, network
+from tests.engine.conftest import engine, generate, llama, network
 from vas_engine.engine import memory, profile
 from vas_engine.engine.engine import Engine
 from vas_engine.errors import KVCacheError
@@ -64,3 +64,17 @@ def test_the_largest_step_is_the_one_measured(lm, monkeypatch, seqs: int, rows: 
     ask = SamplingParams(values={"r": 1.0, "s": 1.0}, seed=2, max_tokens=6)
     after = generate(engine(lm, nets), [1, 2, 3], ask)
     assert after == generate(engine(lm, nets), [1, 2, 3], ask)
+
+
+def test_a_vocabulary_of_few_tokens_is_measured_too() -> None:
+    """There are no more candidates than tokens."""
+
+    class Silent:
+        def start(self) -> None:
+            pass
+
+        def peak(self) -> int:
+            return 7
+
+    lm = llama(layers=1, vocab=9)
+    assert profile.activation_memory(lm, {"a": network("action", lm)}, 2, 100, 64, 4, Silent()) == 7
