@@ -15,6 +15,7 @@ Kernels run under Triton's interpreter. There is one stream, and speed means not
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -212,6 +213,7 @@ class EmulatedDevice(TorchDispatchMode):
         self.place = self.done = 0
         self.capturing: Graph | None = None
         self._queue: list[Callable[[], None]] = []
+        self._one_at_a_time = threading.RLock()  # several threads may wait
         self._pinned: dict[int, torch.Tensor] = {}
 
     # Work
@@ -223,8 +225,9 @@ class EmulatedDevice(TorchDispatchMode):
         if self.capturing is not None:
             self.capturing.work.append(run)
             return
-        self._queue.append(run)
-        self.place += 1
+        with self._one_at_a_time:
+            self._queue.append(run)
+            self.place += 1
         if not self.late:
             self._work_off(self.place)
 
@@ -239,7 +242,7 @@ class EmulatedDevice(TorchDispatchMode):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
 
     def _work_off(self, place: int) -> None:
-        with _native():
+        with self._one_at_a_time, _native():
             while self.done < place:
                 self.done += 1
                 self._queue.pop(0)()
@@ -276,9 +279,10 @@ class EmulatedDevice(TorchDispatchMode):
         if graph is not None and graph is self.capturing:
             graph.work.append(lambda: _spoil(memory))
         if graph is None:
-            self.live -= memory.nbytes
-            self._queue.append(lambda: _spoil(memory))
-            self.place += 1
+            with self._one_at_a_time:
+                self.live -= memory.nbytes
+                self._queue.append(lambda: _spoil(memory))
+                self.place += 1
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, known as pinned from now on."""
