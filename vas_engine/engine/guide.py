@@ -434,7 +434,7 @@ class Guide:
         for i, part in enumerate(scored):
             heads = part.network.scorer.heads
             optimal = moved[len(scored) + i] if asked.optimal[owners[i]].any() else None
-            found += [heads.mean(part.output), heads.unchecked_utility(part.output, moved[i], optimal)]
+            found += [heads.mean(part.output), heads.utility(part.output, moved[i], optimal, checked=True)]
         return self._spread(scored, to_host(found), len(owner))
 
     def _spread(self, scored: list[Scored], found: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

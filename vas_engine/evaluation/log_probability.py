@@ -69,6 +69,6 @@ class _LogHeads:
         share = (values - self._low.to(values.device)) / self._width.to(values.device)
         return share.clamp(LEAST, 1.0).log()
 
-    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor) -> Tensor:
+    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor | None, checked: bool = False) -> Tensor:
         """Weight times log-probability, [R, M]."""
         return self.mean(output) * weights.to(output.dtype)

@@ -142,7 +142,7 @@ class Heads(nn.Module):
             return self._mean(0, output).unsqueeze(-1)
         return torch.stack([self._mean(i, output[..., part]) for i, part in enumerate(self.slices)], -1)
 
-    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor) -> Tensor:
+    def utility(self, output: Tensor, weights: Tensor, optimal: Tensor | None, checked: bool = False) -> Tensor:
         """What the tilt adds up: the utility of each row's state under the request's weights.
 
         ``tilt="mean"`` gives w V. ``tilt="optimal"`` gives log E[exp(w R)] (Zhou et al., Q#, 2025), the
@@ -151,7 +151,8 @@ class Heads(nn.Module):
         Args:
             output: [R, O] float32 from ``forward``.
             weights: [R, M] float, one weight a head (0: the request does not use it).
-            optimal: bool [R], rows that ask for the optimal tilt.
+            optimal: bool [R], rows that ask for the optimal tilt; None: no row does.
+            checked: no row asks for that of a scalar head, which else is looked at, and waited for on a GPU.
 
         Returns:
             [R, M] float32, in nats.
@@ -159,27 +160,19 @@ class Heads(nn.Module):
         Raises:
             InvalidArgumentError: the optimal tilt of a scalar head.
         """
-        if not bool(optimal.any()):
-            return self.unchecked_utility(output, weights, None)
-        for head, weight in zip(self.configs, weights.unbind(-1), strict=True):
-            if not head.distributional and bool((optimal & (weight != 0)).any()):
-                fix = f"head {head.name!r} is scalar; use tilt='mean' or a distributional head"
-                raise InvalidArgumentError("tilt", "optimal", fix)
-        return self.unchecked_utility(output, weights, optimal)
-
-    def unchecked_utility(self, output: Tensor, weights: Tensor, optimal: Tensor | None) -> Tensor:
-        """``utility`` of requests that were checked before, which waits for no device; None: no row asks for the
-        optimal tilt.
-        """
         weights = weights.to(output.dtype)
         utilities = self.mean(output) * weights
         if optimal is None:
             return utilities
         for index, part in enumerate(self.slices):
-            if self.configs[index].distributional:
+            head, weight = self.configs[index], weights[..., index]
+            if head.distributional:
                 log_p = torch.log_softmax(output[..., part], -1)
-                exact = torch.logsumexp(log_p + weights[..., index].unsqueeze(-1) * self.atoms(index), -1)
+                exact = torch.logsumexp(log_p + weight.unsqueeze(-1) * self.atoms(index), -1)
                 utilities[..., index] = torch.where(optimal, exact, utilities[..., index])
+            elif not checked and bool((optimal & (weight != 0)).any()):
+                fix = f"head {head.name!r} is scalar; use tilt='mean' or a distributional head"
+                raise InvalidArgumentError("tilt", "optimal", fix)
         return utilities
 
     def loss(self, output: Tensor, targets: Tensor, sigma: float = 0.0) -> Tensor:
