@@ -65,6 +65,17 @@ def engine(lm: CausalLM, scorers: dict | None = None, **options) -> Engine:
     return Engine(lm, scorers or {}, **options)
 
 
+def engine_on(device: str, backend: str, kinds: dict[str, tuple], **options) -> Engine:
+    """The same weights wherever they lie; networks by name, each of a (kind, heads)."""
+    host = llama()
+    lm = CausalLM.load(llama().model, device=device, attention_backend=backend)
+    nets = {}
+    for i, (name, (kind, heads)) in enumerate(kinds.items()):
+        nets[name] = network(kind, lm, heads, seed=i)
+        nets[name].load_state_dict(network(kind, host, heads, seed=i).state_dict())
+    return engine(lm, nets, **options)
+
+
 def drain(running: Engine, steps: int = 10_000) -> list[TokenEvent]:
     events: list[TokenEvent] = []
     for _ in range(steps):

@@ -11,9 +11,8 @@ import torch
 
 import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
 from tests.emulation import emulated
-from tests.engine.conftest import distributional, drain, engine, llama, network, tokens
+from tests.engine.conftest import distributional, drain, engine_on, tokens
 from vas_engine.engine.engine import Engine
-from vas_engine.model import CausalLM
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
 
@@ -39,14 +38,7 @@ def gpu() -> Iterator[None]:
 
 
 def build(device: str, backend: str, graphs: bool = False) -> Engine:
-    """The same weights wherever they lie."""
-    host = llama()
-    lm = CausalLM.load(llama().model, device=device, attention_backend=backend)
-    nets = {}
-    for i, (name, (kind, heads)) in enumerate(KINDS.items()):
-        nets[name] = network(kind, lm, heads, seed=i)
-        nets[name].load_state_dict(network(kind, host, heads, seed=i).state_dict())
-    return engine(lm, nets, graphs=graphs)
+    return engine_on(device, backend, KINDS, graphs=graphs)
 
 
 def traffic(running: Engine, limited: bool) -> dict:

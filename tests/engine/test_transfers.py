@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 
 import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
 from tests.emulation import emulated
-from tests.engine.conftest import distributional, engine, llama, network, tokens
+from tests.engine.conftest import distributional, engine_on, tokens
 from vas_engine.engine.engine import Engine
 from vas_engine.engine.event import TokenEvent
-from vas_engine.model import CausalLM
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
 
@@ -43,17 +42,6 @@ TRAFFIC: dict[str, tuple[list[dict[str, Any]], int]] = {
 }
 
 
-def build(device: str, backend: str) -> Engine:
-    """The same weights wherever they lie."""
-    host = llama()
-    lm = CausalLM.load(llama().model, device=device, attention_backend=backend)
-    nets = {}
-    for i, (name, (kind, heads)) in enumerate(KINDS.items()):
-        nets[name] = network(kind, lm, heads, seed=i)
-        nets[name].load_state_dict(network(kind, host, heads, seed=i).state_dict())
-    return engine(lm, nets)
-
-
 def run(running: Engine, asked: list[dict[str, Any]], after_step: Callable[[bool], None] = lambda prompt: None) -> dict:
     """Tokens of requests; the last joins when the others decode. ``after_step`` learns whether a prompt was in it."""
     rng = random.Random(1)
@@ -75,9 +63,9 @@ def run(running: Engine, asked: list[dict[str, Any]], after_step: Callable[[bool
 def test_ordinary_steps_wait_for_results_alone(kind: str) -> None:
     """Whatever a step needs lies ready on the device before it asks; what comes back comes together."""
     asked, most = TRAFFIC[kind]
-    expected = run(build("cpu", "cpp"), asked)
+    expected = run(engine_on("cpu", "cpp", KINDS), asked)
     with emulated() as device:
-        running = build("cuda", "triton")
+        running = engine_on("cuda", "triton", KINDS)
         run(running, asked)  # kernels' copies of the heads are made once
         before = Counter(device.waits)
         steps: list[tuple[bool, Counter[str]]] = []
