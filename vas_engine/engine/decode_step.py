@@ -53,6 +53,10 @@ _SELECTION: dict[str, tuple[bool, torch.dtype, float]] = {
 """Fields of a selection: whether they have columns, their dtype, and what stands where there is nothing."""
 
 
+def _selection_fields(size: int, width: int) -> Fields:
+    return {name: ((size, width) if wide else (size,), dtype) for name, (wide, dtype, _) in _SELECTION.items()}
+
+
 @dataclass(slots=True)
 class Drawn:
     """What a step drew for S sequences.
@@ -119,12 +123,10 @@ class Lane:
         self.tables = BlockTables(size, blocks, device)
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.utilities = torch.zeros(size, values, device=device)
-        shapes = {True: (size, MAX_CANDIDATES + 1), False: (size,)}
-        fields = {
-            name: torch.full(shapes[wide], empty, dtype=dtype, device=device)
-            for name, (wide, dtype, empty) in _SELECTION.items()
-        }
-        self.selection = SelectionTensors(**fields)
+        fields = _selection_fields(size, MAX_CANDIDATES + 1).items()
+        self.selection = SelectionTensors(
+            **{name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in fields}
+        )
 
     def keep(self, selection: SelectionTensors) -> None:
         """Notes the selection of the first sequences; the next step asks for no more columns than it has."""
@@ -359,17 +361,19 @@ class GuidedStep(_Step):
         self,
         selection: SelectionTensors,
         positions: torch.Tensor,
+        carried: torch.Tensor,
+        place: torch.Tensor,
         before: Hidden,
         after: tuple[Hidden, CandidateRows, AttentionBatch] | None = None,
     ) -> _Scored:
         """Values of all candidates, which stand at `positions` int64 [size], their tilt, and the winners.
 
         Args:
+            carried, place: of `_carried`.
             before: states [size, H] of the positions before.
             after: states [rows, H] of the candidates themselves, and which rows these are; of a step with lookahead.
         """
         guide, given = self.owner.guide, self.inputs.device
-        carried, place = self._carried()
         tilt = torch.zeros_like(selection.log_probs)
         scored = []
         for index, network in enumerate(self.networks):
@@ -435,7 +439,7 @@ class DecodeStep(GuidedStep):
         logits = lm.logits(forward.last_hidden)
         selection = self._select(logits)
         if self.networks:
-            scored = self._score(selection, given["positions"] + 1, forward.hidden)
+            scored = self._score(selection, given["positions"] + 1, carried, place, forward.hidden)
         else:
             # The only column is the winner's, and what is drawn plainly has no tilt.
             column, log_prob = torch.where(selection.finite, 0, -1), selection.log_probs[:, 0]
@@ -449,9 +453,7 @@ class LookaheadStep(GuidedStep):
     """From candidates to the one that wins, and on to the candidates of the token behind it."""
 
     def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], shape: Shape) -> None:
-        shapes = {True: (shape.size, shape.width), False: (shape.size,)}
-        fields: Fields = {name: (shapes[wide], dtype) for name, (wide, dtype, _) in _SELECTION.items()}
-        super().__init__(owner, lane, used, shape, fields)
+        super().__init__(owner, lane, used, shape, _selection_fields(shape.size, shape.width))
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
         """Candidates stand behind the last token; the host brings those that it knows of."""
@@ -480,7 +482,7 @@ class LookaheadStep(GuidedStep):
         selection = self.lane.kept(place, carried, given)
         rows, batch = self._lay(selection, None, given["positions"])
         forward = lm.forward(rows.token_ids, batch, guide.states)
-        scored = self._score(selection, given["positions"], {}, (forward.hidden, rows, batch))
+        scored = self._score(selection, given["positions"], carried, place, {}, (forward.hidden, rows, batch))
         column = scored.winners.column
         won = torch.where(column >= 0, rows.offsets[:-1] + column, 0)
         lm.commit(won, torch.where(column >= 0, given["slots"], -1))

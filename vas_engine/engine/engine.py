@@ -469,10 +469,10 @@ class Engine:
                 sequence.state_values, sequence.utilities = drawn.values[i], drawn.utilities[i]
                 sequence.filled = len(sequence.token_ids) + 1
             events.append(self._accept(sequence, drawn.winners, i, int(evaluated[i])))
-        if following is not None:
-            for i in np.flatnonzero(fine & live).tolist():
-                sequences[i].pending = sequences[i].selection = None
+            if following is not None:
+                sequence.pending = sequence.selection = None
                 self.scheduler.computed(works[i])
+        if following is not None:
             live = np.array([s.is_running for s in sequences], bool)
             self._drop_failed(sequences, following.finite | ~live, "logits", events)
             for i in np.flatnonzero(following.finite & live).tolist():
