@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 MEMORY = 2**32
 """Bytes of the device."""
-_READS_BACK = ("nonzero", "masked_select", "_unique", "unique_", "equal", "repeat_interleave", "_unique2", "is_nonzero")
+_READS_BACK = ("nonzero", "masked_select", "_unique", "unique_", "equal", "repeat_interleave", "is_nonzero")
 _FACTORIES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
@@ -340,10 +340,6 @@ class EmulatedDevice(TorchDispatchMode):
         return found
 
     def _on_host(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        if name in ("_pin_memory", "pin_memory"):
-            return self.pin(args[0].clone())
-        if name == "is_pinned":
-            return self.is_pinned(args[0])
         pinned = kwargs.pop("pin_memory", None)
         made = func(*args, **kwargs)
         if not pinned:
