@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,6 +33,23 @@ def test_the_same_numbers_from_fewer_products(name: str, groups: int) -> None:
         counts.append(sum(event.count for event in profile.key_averages() if event.key == "aten::linear"))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     assert counts[0] - counts[1] == 3 * groups // 2  # two fewer a layer in attention, one in the feed-forward
+
+
+def test_compiled_code_has_the_merged_products() -> None:
+    """On a GPU nothing merges them later, as freezing does on a CPU."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = random_model(CONFIGS["llama"])
+    layer, rows = model.model.layers[0], torch.randn(1, 3, 32)
+    wanted = layer.mlp(rows)
+    merge(model)
+    torch.testing.assert_close(torch.compile(layer.mlp, fullgraph=True, backend=keep)(rows), wanted)
+    (graph,) = graphs
+    assert sum("linear" in str(node.target) for node in graph.graph.nodes) == 2
 
 
 def test_weights_that_change_or_train_are_seen() -> None:

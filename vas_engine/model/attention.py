@@ -181,9 +181,6 @@ def _operator(
     state: AttentionState = find(handle)
     if state.batch is None:
         return torch.zeros_like(query).transpose(1, 2).contiguous()
-    if state.batch.has_unslotted:
-        # Compiled code uses the memory of its intermediates again; what commit() needs must outlive that.
-        key, value = key.clone(), value.clone()
     return _paged(state.layers[layer], state, query[0], key[0], value[0]).contiguous()
 
 

@@ -53,9 +53,18 @@ class CompiledFunction:
         examples = [given[:, :1].repeat_interleave(_EXAMPLE_ROWS, dim=1) for given in arguments]
         for example in examples:
             torch._dynamo.mark_dynamic(example, 1, min=1, max=MAX_ROWS)
-        # On a CPU weights are laid out anew and products that share an input become one, as on a GPU they are already.
-        # The second setting keeps a single row from being told apart from several.
-        settings = {"freezing": examples[0].device.type == "cpu", "cpp.enable_concat_linear": True}
+        on_cpu = examples[0].device.type == "cpu"
+        settings = {
+            # On a CPU weights are laid out anew and products that share an input become one, as they are on a GPU.
+            "freezing": on_cpu,
+            "cpp.enable_concat_linear": True,
+            # Queries and keys are rotated by one kernel.
+            "combo_kernels": not on_cpu,
+            # Operators may keep what they are given (keys and values to commit), so nothing is written over.
+            "allow_buffer_reuse": False,
+            "inplace_buffers": False,
+        }
+        # Sizes of 1 are oblivious: a single row is not told apart from several.
         with _inductor.patch(settings), _shapes.patch(backed_size_oblivious=True):
             try:
                 self._run(*examples)

@@ -302,11 +302,17 @@ class CausalLM:
         """Input embeddings [..., H] of token_ids [...], as the model's own module gives them."""
         return self.model.get_input_embeddings()(token_ids)
 
-    def rotate(self, queries: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
+    def rotate(
+        self, queries: torch.Tensor, positions: torch.Tensor, layer: int, known: dict[Any, Any] | None = None
+    ) -> torch.Tensor:
         """queries [R, Hq, D] at positions int64 [R], rotated as that layer's; as they are where nothing is
-        rotated."""
+        rotated.
+
+        Args:
+            known: where cosines and sines are kept for other calls with the same positions.
+        """
         self._check_layer(layer)
-        return self._rotary.rotate(queries, positions, layer)
+        return self._rotary.rotate(queries, positions, layer, {} if known is None else known)
 
     def attend(self, layer: int, queries: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """A reader's look at one layer's pages: queries [R, Hq, D] -> [R, Hq, D], scale 1 / sqrt(D), its

@@ -75,7 +75,7 @@ def _forward(layer: nn.Linear, shared: _Shared, index: int) -> Callable[[torch.T
     def forward(rows: torch.Tensor) -> torch.Tensor:
         learns = torch.is_grad_enabled() and layer.weight.requires_grad
         expected = index == 0 or shared.rows is rows
-        if learns or not expected or torch.compiler.is_compiling():
+        if learns or not expected:
             return F.linear(rows, layer.weight, layer.bias)
         return shared.part(index, rows)
 

@@ -31,7 +31,6 @@ class Rotary:
             if type(module).__name__.endswith("RotaryEmbedding")
         }
         self.module: nn.Module | None = next(iter(found.values())) if len(found) == 1 else None
-        self._last: tuple[torch.Tensor, str | None, torch.dtype, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.apply = self._applier(probed)
         kinds = getattr(model.config.get_text_config(), "layer_types", None)
         typed = self.module is not None and "layer_type" in inspect.signature(self.module.forward).parameters
@@ -54,34 +53,33 @@ class Rotary:
             # A scaling of the rotation (yarn) is already in the query at position 0, where cos is that
             # scaling.
             places = torch.tensor([0, position], device=entry.query.device)
-            cos, _ = self._tables(entry.query[1:2], places, layer)
-            turned = self._turn(entry.query[1:2] / cos[0, 0, 0], places[1:], layer)[0].float()
+            cos, _ = self._tables(entry.query[1:2], places, layer, {})
+            turned = self._turn(entry.query[1:2] / cos[0, 0, 0], places[1:], layer, {})[0].float()
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
             return "unknown"
         return "rotary" if _near(turned, later) else "unknown"
 
-    def _tables(self, like: torch.Tensor, positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines; those of the last call serve the layers that ask for the same positions after it."""
+    def _tables(
+        self, like: torch.Tensor, positions: torch.Tensor, layer: int, known: dict[Any, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, in the dtype of `like`; `known` keeps those of the positions for other layers."""
         assert self.module is not None
         kind = self.layer_types[layer]
-        options = {"layer_type": kind} if kind is not None else {}
-        if torch.compiler.is_compiling():  # compiled code computes them once by itself
-            return self.module(like, positions[None], **options)
-        if self._last is not None and self._last[0] is positions and self._last[1:3] == (kind, like.dtype):
-            return self._last[3]
-        tables = self.module(like, positions[None], **options)
-        self._last = (positions, kind, like.dtype, tables)
-        return tables
+        key = ("rotary", kind, like.dtype)
+        if key not in known:
+            options = {"layer_type": kind} if kind is not None else {}
+            known[key] = self.module(like, positions[None], **options)
+        return known[key]
 
-    def _turn(self, queries: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
+    def _turn(self, queries: torch.Tensor, positions: torch.Tensor, layer: int, known: dict[Any, Any]) -> torch.Tensor:
         assert self.apply is not None
-        cos, sin = self._tables(queries, positions, layer)
+        cos, sin = self._tables(queries, positions, layer, known)
         laid = queries.transpose(0, 1)[None]
         turned, _ = self.apply(laid, laid[:, :1], cos, sin)
         return turned[0].transpose(0, 1)
 
-    def rotate(self, queries: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
-        """queries [R, Hq, D], positions int64 [R] -> [R, Hq, D]."""
+    def rotate(self, queries: torch.Tensor, positions: torch.Tensor, layer: int, known: dict[Any, Any]) -> torch.Tensor:
+        """queries [R, Hq, D], positions int64 [R] -> [R, Hq, D]; `known` as in `CausalLM.rotate`."""
         kind = self.kinds[layer]
         if kind == "identity":
             return queries
@@ -90,7 +88,7 @@ class Rotary:
                 f"{self.name}: how layer {layer} rotates its queries is not known, so no reader can read it; "
                 "choose another layer or a side network"
             )
-        return self._turn(queries, positions, layer)
+        return self._turn(queries, positions, layer, known)
 
 
 def _near(a: torch.Tensor, b: torch.Tensor) -> bool:

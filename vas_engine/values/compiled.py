@@ -6,7 +6,7 @@ rows see by the handle that comes along.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -77,27 +77,30 @@ class _OperatorAttention(PagedAttention):
 
     def __init__(self, lm: CausalLM, positions: Tensor, handle: Tensor) -> None:
         self.lm, self.positions, self.handle = lm, positions, handle
+        self.known: dict[Any, Any] = {}
 
-    def attend(self, index: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        return torch.ops.vas_engine.network_attention(q, k, v, self.handle, index)
+    def attend(self, index: int, q: Tensor, v: Tensor | None = None) -> Tensor:
+        return torch.ops.vas_engine.network_attention(q, v, self.handle, index)
 
 
-def _operator(q: Tensor, k: Tensor | None, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
-    """q [R, H, D], k and v [R, KVH, D] or None -> a tensor of its own, [R, H, D]."""
+def _operator(q: Tensor, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
+    """As `PagedAttention.attend`; a tensor of its own."""
     attention: PagedAttention | None = find(handle).attention
     if attention is None:  # while code is compiled
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if k is not None and v is not None and attention.batch.has_unslotted:
-        # Compiled code uses the memory of its intermediates again; what commit() needs must outlive that.
-        k, v = k.clone(), v.clone()
-    return attention.attend(index, q, k, v).contiguous()
+        return torch.zeros_like(q[:, : _heads(q, v)], memory_format=torch.contiguous_format)
+    return attention.attend(index, q, v).contiguous()
 
 
-def _operator_shape(q: Tensor, k: Tensor | None, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
-    return q.new_empty(q.shape)
+def _operator_shape(q: Tensor, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
+    return q.new_empty((q.shape[0], _heads(q, v), q.shape[2]))
+
+
+def _heads(q: Tensor, v: Tensor | None) -> int:
+    """Of the queries; keys may be behind them, as many as values."""
+    return q.shape[1] if v is None else q.shape[1] - v.shape[1]
 
 
 _library = torch.library.Library("vas_engine", "FRAGMENT")
-_library.define("network_attention(Tensor q, Tensor? k, Tensor? v, Tensor handle, int index) -> Tensor")
+_library.define("network_attention(Tensor q, Tensor? v, Tensor handle, int index) -> Tensor")
 _library.impl("network_attention", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("vas_engine::network_attention", _operator_shape, lib=_library)

@@ -6,7 +6,7 @@ The stream from layer to layer is float32; products are computed in the dtype of
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,12 @@ class Attention(Protocol):
 
     def read(self, layer: int, queries: Tensor) -> Tensor:
         """Base layer ``layer``'s K/V strictly below each row's position: queries [R, Q, D], not rotated
-        -> [R, Q, D].
+        -> [R, Q, D], of any float dtype.
         """
 
-    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The network's own K/V up to each row and the row itself: q [R, H, D], k, v [R, KVH, D] -> [R,
-        H, D].
+    def own(self, index: int, qk: Tensor, v: Tensor) -> Tensor:
+        """The network's own K/V up to each row and the row itself: qk [R, H + KVH, D], queries and then keys, and v
+        [R, KVH, D] -> [R, H, D].
         """
 
 
@@ -89,9 +89,8 @@ class SideLayer(nn.Module):
         """[R, width] -> [R, width]."""
         assert rotary is not None
         both = project(self.qkv, rms_norm(x)).unflatten(-1, (-1, self.head_dim))
-        turned = rotary.turn(both[:, : self.num_heads + self.kv_heads])
-        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        seen = attention.own(self.index, q, k, both[:, self.num_heads + self.kv_heads :])
+        qk, v = both.split([self.num_heads + self.kv_heads, self.kv_heads], 1)
+        seen = attention.own(self.index, rotary.turn(qk), v)
         x = x + project(self.output, seen.flatten(1))
         return x if self.mlp is None else self.mlp(x)
 
@@ -112,27 +111,31 @@ class Rotary:
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1)
 
 
+def split_heads(qk: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """qk [R, H + KVH, D] by v [R, KVH, D] -> [R, H, D], [R, KVH, D]."""
+    return qk.split([qk.shape[1] - v.shape[1], v.shape[1]], 1)
+
+
 class PagedAttention:
     """Rows of the engine over pages: the base model's for a reader, the network's own for a side network."""
 
     def __init__(self, lm: CausalLM, cache: KVCache | None, batch: AttentionBatch) -> None:
         self.lm, self.cache, self.batch = lm, cache, batch
-        self.positions = batch.positions
+        self.positions, self.known = batch.positions, batch.cache
         self.scratch: list[tuple[Tensor, Tensor]] = []
 
     def read(self, layer: int, queries: Tensor) -> Tensor:
-        rotated = self.lm.rotate(queries.to(self.lm.dtype), self.positions, layer)
-        return self.attend(layer, rotated).to(queries.dtype)
+        return self.attend(layer, self.lm.rotate(queries.to(self.lm.dtype), self.positions, layer, self.known))
 
-    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dtype = self.lm.dtype
-        return self.attend(index, q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
+    def own(self, index: int, qk: Tensor, v: Tensor) -> Tensor:
+        return self.attend(index, qk.to(self.lm.dtype), v.to(self.lm.dtype))
 
-    def attend(self, index: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        """In the base model's dtype: its layer ``index``, or with k and v the network's own."""
-        if k is None or v is None:
+    def attend(self, index: int, q: Tensor, v: Tensor | None = None) -> Tensor:
+        """In the base model's dtype: its layer ``index``, or with v, and keys behind the queries, the network's own."""
+        if v is None:
             return self.lm.attend(index, q, self.batch)
         assert self.cache is not None
+        q, k = split_heads(q, v)
         self.scratch.append((k, v))
         return self.cache.attend(index, q, k, v, self.batch, scale=q.shape[-1] ** -0.5)
 
@@ -154,11 +157,12 @@ class DenseAttention:
         self.size, self.length = positions.shape, length
         self.after = None if branches is None else branches.after
         self.positions = positions.flatten()
+        self.known: dict[Any, Any] = {}
 
     def read(self, layer: int, queries: Tensor) -> Tensor:
         keys, values = (kept[layer][:, :, : self.length] for kept in (self.dense.keys, self.dense.values))
         window = self.lm.layers[layer].window
-        rotated = self._lay(self.lm.rotate(queries.to(keys.dtype), self.positions, layer))
+        rotated = self._lay(self.lm.rotate(queries.to(keys.dtype), self.positions, layer, self.known))
         seen = strictly_causal(rotated[:, :, : self.length], keys, values, window)
         if self.after is not None:
             there = rotated[:, :, self.length :]
@@ -166,8 +170,8 @@ class DenseAttention:
             seen = torch.cat([seen, branch_attention(there, keys, values, self.after, None, scale, 0.0, window)], 2)
         return seen.transpose(1, 2).flatten(0, 1).to(queries.dtype)
 
-    def own(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = self._lay(q), self._lay(k), self._lay(v)
+    def own(self, index: int, qk: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (self._lay(x) for x in (*split_heads(qk, v), v))
         sizes = [self.length, self.size[1] - self.length]
         (first, q), (keys, k), (values, v) = (x.split(sizes, 2) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
