@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,87 +82,103 @@ def settings(kind: str, contexts: Sequence[int], batches: Sequence[int], candida
         # The port is slow: one setting, that of the goal.
         contexts, counts = [min(contexts)], counts[:1]
         batches = [16] if 16 in batches else [max(batches)]
+    if kind.endswith("-4"):
+        counts = counts[:1]
     return [Setting(kind, c, b, n) for c in sorted(contexts) for b in sorted(batches) for n in counts]
 
 
-def measure(
-    kind: str, planned: Sequence[Setting], shape: Shape, device: torch.device, steps: int, rounds: int, budget: Budget
-) -> Iterator[dict[str, Any]]:
-    """A row for each setting, of one LLM; what there is no time or memory for says so."""
-    contexts = max(setting.context for setting in planned)
+def load(kind: str, planned: Sequence[Setting], name: str, device: torch.device, steps: int) -> Contender:
+    """What decodes a kind, with room for its settings; compiling an 8B model takes the better part of a minute."""
+    shape, longest = MODELS[name], max(setting.context for setting in planned)
     batches = max(setting.batch for setting in planned)
-    longest = room(contexts, steps, batches)
-    values = {name: ValueNetwork(network.config) for name, network in networks_of(shape, kind).items()}
-    start = time.monotonic()
-    try:
-        llm = LLM(
-            dummy_model(shape, device, longest),
-            values=values or None,
-            skip_tokenizer_init=True,
-            max_num_seqs=batches,
-            max_model_len=longest,
-            enforce_eager=False if kind.startswith("compiled") else None,
-        )
-    except Exception as error:  # of whatever sort: the other kinds are to be measured
-        yield from ({**asdict(setting), "failed": f"{type(error).__name__}: {error}"} for setting in planned)
-        return
+    if kind in PEERS:
+        positions = longest + 2 * (steps + WARM)
+        model = dummy_model(shape, device, positions).eval()
+        if kind == "hf-batch":
+            return Peer(lambda candidates: batched(model), shape.vocab, steps)
+        small = replace(MODELS[VALUE_MODEL.get(name, name)], vocab=shape.vocab, dtype=shape.dtype)
+        backbone = dummy_model(small, device, positions).eval().base_model
+        return Peer(lambda candidates: guided(model, backbone, candidates), shape.vocab, steps)
+    positions = room(longest, steps, batches)
+    values = {value: ValueNetwork(network.config) for value, network in networks_of(shape, kind).items()}
+    llm = LLM(
+        dummy_model(shape, device, positions),
+        values=values or None,
+        skip_tokenizer_init=True,
+        max_num_seqs=batches,
+        max_model_len=positions,
+        enforce_eager=False if kind.startswith("compiled") else None,
+    )
     llm.engine.overlap = kind != "serial"
-    print(f"{kind}: loaded in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    pace, prompts = FIRST_GUESS, (0, 0)
+    return Ours(llm, steps)
+
+
+class Ours:
+    """An engine. How long prompts take is learnt on the way: those of one length stay in its prefix cache."""
+
+    def __init__(self, llm: LLM, steps: int) -> None:
+        self.llm, self.steps = llm, steps
+        self._pace, self._prompts = FIRST_GUESS, (0, 0)
+
+    def _fresh(self, setting: Setting) -> int:
+        context, seen = self._prompts
+        return max(setting.batch - (seen if context == setting.context else 0), 0)
+
+    def seconds(self, setting: Setting) -> float:
+        """That its prompts will take."""
+        return self._fresh(setting) * setting.context / self._pace
+
+    def rates(self, setting: Setting) -> Iterator[float]:
+        """Tokens per second, again and again."""
+        fresh, start = self._fresh(setting), time.monotonic()
+        while True:
+            found = decode(self.llm, setting.batch, setting.context, setting.candidates, self.steps)
+            if fresh:
+                taken = time.monotonic() - start - setting.batch * (self.steps + WARM) / found
+                self._pace, fresh = fresh * setting.context / max(taken, 1e-3), 0
+            self._prompts = setting.context, setting.batch
+            yield found
+
+
+class Peer:
+    """Transformers alone.
+
+    Args:
+        call: candidates -> what decodes prompts.
+    """
+
+    def __init__(self, call: Callable[[int], Any], vocab: int, steps: int) -> None:
+        self.call, self.vocab, self.steps = call, vocab, steps
+
+    def seconds(self, setting: Setting) -> float:
+        """Not known."""
+        return 0.0
+
+    def rates(self, setting: Setting) -> Iterator[float]:
+        """Tokens per second, again and again."""
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(3, self.vocab, (setting.batch, setting.context), generator=generator).tolist()
+        call = self.call(setting.candidates)
+        while True:
+            yield rate(call, prompts, self.steps, WARM)
+
+
+Contender = Ours | Peer
+
+
+def measure(contender: Contender, planned: Sequence[Setting], rounds: int, budget: Budget) -> Iterator[dict[str, Any]]:
+    """A row for each setting; what there is no time or memory for says so."""
     for setting in planned:
-        context, seen = prompts
-        fresh = setting.batch - (seen if context == setting.context else 0)
-        if fresh * setting.context / pace > budget.left:
+        if contender.seconds(setting) > budget.left:
             yield {**asdict(setting), "skipped": f"no time: {budget.left:.0f} s are left"}
             continue
-        start = time.monotonic()
+        rates: list[float] = []
         try:
-            rates = []
-            for _ in range(rounds):
-                rates.append(decode(llm, setting.batch, setting.context, setting.candidates, steps))
-                if budget.left < 0:
+            for found in contender.rates(setting):
+                rates.append(found)
+                if len(rates) == rounds or budget.left < 0:
                     break
-        except Exception as error:  # likewise
-            yield {**asdict(setting), "failed": f"{type(error).__name__}: {error}"}
-            continue
-        taken = time.monotonic() - start - len(rates) * setting.batch * (steps + WARM) / statistics.median(rates)
-        if fresh > 0:
-            pace = fresh * setting.context / max(taken, 1e-3)
-        prompts = (setting.context, setting.batch)
-        yield {**asdict(setting), "tokens_per_second": spread(rates), "rounds": len(rates)}
-
-
-def measure_peer(
-    kind: str,
-    planned: Sequence[Setting],
-    name: str,
-    device: torch.device,
-    steps: int,
-    rounds: int,
-    budget: Budget,
-) -> Iterator[dict[str, Any]]:
-    """As `measure`, of transformers alone."""
-    shape, longest = MODELS[name], max(setting.context for setting in planned) + 2 * (steps + WARM)
-    try:
-        model = dummy_model(shape, device, longest).eval()
-        value = MODELS[VALUE_MODEL.get(name, name)]
-        value = replace(value, vocab=shape.vocab, dtype=shape.dtype)
-        backbone = dummy_model(value, device, longest).eval().base_model if kind == "hf-guided" else None
-    except Exception as error:  # of whatever sort, as in measure
-        yield from ({**asdict(setting), "failed": f"{type(error).__name__}: {error}"} for setting in planned)
-        return
-    generator = torch.Generator().manual_seed(0)
-    for setting in planned:
-        if budget.left < 0:
-            yield {**asdict(setting), "skipped": "no time is left"}
-            continue
-        prompts = torch.randint(3, shape.vocab, (setting.batch, setting.context), generator=generator).tolist()
-        call = batched(model) if backbone is None else guided(model, backbone, setting.candidates)
-        try:
-            rates = [rate(call, prompts, steps, WARM)]
-            while len(rates) < rounds and budget.left > 0:
-                rates.append(rate(call, prompts, steps, WARM))
-        except Exception as error:  # likewise
+        except Exception as error:  # of whatever sort: the others are to be measured
             yield {**asdict(setting), "failed": f"{type(error).__name__}: {error}"}
             continue
         yield {**asdict(setting), "tokens_per_second": spread(rates), "rounds": len(rates)}
@@ -228,7 +243,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--candidates", nargs="+", type=int, default=[1, 5, 20])
     made.add_argument("--steps", type=int, default=16, help="timed, one token a request each (16)")
     made.add_argument("--rounds", type=int, default=3, help="measurements of each (3)")
-    made.add_argument("--seconds", type=float, default=300, help="in all; each kind has an equal share (300)")
+    made.add_argument(
+        "--seconds",
+        type=float,
+        default=300,
+        help="in all; once loaded, a kind has an equal share of what is left (300)",
+    )
     made.add_argument("--json", type=Path, metavar="OUT", default=record.RESULTS / "gpu_decode.json")
     return made
 
@@ -241,16 +261,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(device, getattr(torch, shape.dtype))
     circumstances = record.circumstances()
     report: dict[str, Any] = {"ceilings": asdict(ceilings), "shape": asdict(shape), "results": []}
+    slowest = 0.0
     for place, kind in enumerate(options.kinds):
         planned = settings(kind, options.context, options.batch, options.candidates)
-        if kind.endswith("-4"):
-            planned = [setting for setting in planned if setting.candidates == max(options.candidates)]
-        share = Budget(budget.left / (len(options.kinds) - place))
-        if kind in PEERS:
-            measured = measure_peer(kind, planned, options.shape, device, options.steps, options.rounds, share)
+        start = time.monotonic()
+        if budget.left < slowest:
+            left = f"no time: {budget.left:.0f} s are left, and loading takes up to {slowest:.0f}"
+            rows = iter([{**asdict(setting), "skipped": left} for setting in planned])
         else:
-            measured = measure(kind, planned, shape, device, options.steps, options.rounds, share)
-        for row in measured:
+            try:
+                contender = load(kind, planned, options.shape, device, options.steps)
+            except Exception as error:  # of whatever sort: the other kinds are to be measured
+                failed = f"{type(error).__name__}: {error}"
+                rows = iter([{**asdict(setting), "failed": failed} for setting in planned])
+            else:
+                slowest = max(slowest, time.monotonic() - start)
+                print(f"{kind}: loaded in {time.monotonic() - start:.0f} s", file=sys.stderr)
+                # What is left is for all, but that a kind takes long to load must not cost it its own time.
+                share = Budget(budget.left / (len(options.kinds) - place))
+                rows = measure(contender, planned, options.rounds, share)
+                del contender
+        for row in rows:
             report["results"].append(row)
             compare(report["results"], shape, ceilings, options.steps)
             record.write(options.json, {**circumstances, **report})
