@@ -41,20 +41,45 @@ if TYPE_CHECKING:
     from vas_engine.engine.decode import DecodeGraphs
 
 Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]
-_SELECTION: dict[str, tuple[bool, torch.dtype, float]] = {
-    "token_ids": (True, torch.int64, -1),
-    "log_probs": (True, torch.float64, -np.inf),
-    "noise": (True, torch.float64, 0.0),
-    "count": (False, torch.int64, 0),
-    "tail": (False, torch.int64, -1),
-    "tail_log_mass": (False, torch.float64, -np.inf),
-    "finite": (False, torch.bool, False),
-}
-"""Fields of a selection: whether they have columns, their dtype, and what stands where there is nothing."""
+_NO_MASS = np.float64(-np.inf).view(np.int64)
+_WIDE = {"token_ids": -1, "log_probs": _NO_MASS, "noise": 0}
+_NARROW = {"count": 0, "tail": -1, "tail_log_mass": _NO_MASS, "finite": 0}
+"""Fields of a selection that have columns, and those that have none: the word that stands where there is nothing."""
 
 
-def _selection_fields(size: int, width: int) -> Fields:
-    return {name: ((size, width) if wide else (size,), dtype) for name, (wide, dtype, _) in _SELECTION.items()}
+@dataclass(slots=True)
+class Lines:
+    """Selections of sequences in two tensors: few kernels move them about.
+
+    Attributes:
+        wide: int64 [3, size, columns], the words of the fields that have columns.
+        narrow: int64 [4, size], of the others.
+    """
+
+    wide: torch.Tensor
+    narrow: torch.Tensor
+
+    @staticmethod
+    def fields(size: int, width: int) -> Fields:
+        """Shapes and dtypes."""
+        return {"wide": ((len(_WIDE), size, width), torch.int64), "narrow": ((len(_NARROW), size), torch.int64)}
+
+    @classmethod
+    def of(cls, selection: SelectionTensors) -> Lines:
+        """Those of a selection."""
+        one_by_one = vars(selection) | {"finite": selection.finite.long()}
+        wide, narrow = (
+            torch.stack([one_by_one[name].view(torch.int64) for name in names]) for names in (_WIDE, _NARROW)
+        )
+        return cls(wide, narrow)
+
+    @property
+    def selection(self) -> SelectionTensors:
+        """What they are lines of."""
+        token_ids, log_probs, noise = self.wide
+        count, tail, mass, finite = self.narrow
+        log_probs, noise, mass = (words.view(torch.float64) for words in (log_probs, noise, mass))
+        return SelectionTensors(token_ids, log_probs, noise, count, tail, mass, finite != 0)
 
 
 @dataclass(slots=True)
@@ -116,32 +141,29 @@ class Lane:
         tables: of the step's sequences.
         tokens: int64 [size], the last winners.
         utilities: float32 [size, values], U of the states that they lead to.
-        selection: candidates of the next tokens, as wide as there may be.
+        lines: of candidates of the next tokens, as wide as there may be.
     """
 
     def __init__(self, size: int, blocks: int, values: int, device: torch.device) -> None:
         self.tables = BlockTables(size, blocks, device)
         self.tokens = torch.zeros(size, dtype=torch.int64, device=device)
         self.utilities = torch.zeros(size, values, device=device)
-        fields = _selection_fields(size, MAX_CANDIDATES + 1).items()
-        self.selection = SelectionTensors(
-            **{name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in fields}
-        )
+        fields = Lines.fields(size, MAX_CANDIDATES + 1).items()
+        self.lines = Lines(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in fields})
 
-    def keep(self, selection: SelectionTensors) -> None:
+    def keep(self, lines: Lines) -> None:
         """Notes the selection of the first sequences; the next step asks for no more columns than it has."""
-        for name, (wide, _, _) in _SELECTION.items():
-            kept, found = getattr(self.selection, name), getattr(selection, name)
-            (kept[: len(found), : found.shape[1]] if wide else kept[: len(found)]).copy_(found)
+        _, size, width = lines.wide.shape
+        self.lines.wide[:, :size, :width].copy_(lines.wide)
+        self.lines.narrow[:, :size].copy_(lines.narrow)
 
-    def kept(self, place: torch.Tensor, carried: torch.Tensor, given: Mapping[str, torch.Tensor]) -> SelectionTensors:
-        """The selection of S sequences: noted at `place` (int64 [S]) where `carried` (bool [S]), elsewhere `given`."""
-        fields = {}
-        for name, (wide, _, _) in _SELECTION.items():
-            noted = getattr(self.selection, name)[place]
-            noted = noted[:, : given[name].shape[1]] if wide else noted
-            fields[name] = torch.where(carried[:, None] if wide else carried, noted, given[name]).contiguous()
-        return SelectionTensors(**fields)
+    def kept(self, place: torch.Tensor, carried: torch.Tensor, given: Lines) -> Lines:
+        """The lines of S sequences: noted at `place` (int64 [S]) where `carried` (bool [S]), elsewhere `given`."""
+        wide, narrow = self.lines.wide[:, :, : given.wide.shape[2]], self.lines.narrow
+        return Lines(
+            torch.where(carried[:, None], wide[:, place], given.wide),
+            torch.where(carried, narrow[:, place], given.narrow),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -453,18 +475,19 @@ class LookaheadStep(GuidedStep):
     """From candidates to the one that wins, and on to the candidates of the token behind it."""
 
     def __init__(self, owner: DecodeGraphs, lane: Lane, used: list[int], shape: Shape) -> None:
-        super().__init__(owner, lane, used, shape, _selection_fields(shape.size, shape.width))
+        super().__init__(owner, lane, used, shape, Lines.fields(shape.size, shape.width))
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
         """Candidates stand behind the last token; the host brings those that it knows of."""
         super()._fill(sequences, ahead + 1)
         host = self.inputs.host
-        for name, (_, _, empty) in _SELECTION.items():
-            host[name][:] = empty
-        for i, sequence in enumerate(sequences if not ahead else ()):
-            for name, (wide, _, _) in _SELECTION.items():
-                found = getattr(sequence.selection, name)[0]
-                host[name][(i, slice(len(found))) if wide else i] = found
+        for lines, words in ((host["wide"], _WIDE), (host["narrow"], _NARROW)):
+            for line, (name, nothing) in zip(lines, words.items(), strict=True):
+                line[:] = nothing
+                for i, sequence in enumerate(sequences if not ahead else ()):
+                    found = getattr(sequence.selection, name)[0]
+                    place = (i, slice(found.size)) if found.ndim else i
+                    line[place] = found.view(np.int64) if found.itemsize == 8 else found
 
     def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
         super()._fill_settings(sequences, ahead)
@@ -479,7 +502,7 @@ class LookaheadStep(GuidedStep):
     def _work(self) -> None:
         lm, guide, given = self.owner.lm, self.owner.guide, self.inputs.device
         carried, place = self._carried()
-        selection = self.lane.kept(place, carried, given)
+        selection = self.lane.kept(place, carried, Lines(given["wide"], given["narrow"])).selection
         rows, batch = self._lay(selection, None, given["positions"])
         forward = lm.forward(rows.token_ids, batch, guide.states)
         scored = self._score(selection, given["positions"], carried, place, {}, (forward.hidden, rows, batch))
@@ -487,7 +510,7 @@ class LookaheadStep(GuidedStep):
         won = torch.where(column >= 0, rows.offsets[:-1] + column, 0)
         lm.commit(won, torch.where(column >= 0, given["slots"], -1))
         following = self._select(lm.logits(forward.last_hidden[won]))
-        self.lane.keep(following)
+        self.lane.keep(Lines.of(following))
         self._result = Packed([selection.finite, selection.count, *_flat(scored), *vars(following).values()])
 
 
