@@ -70,12 +70,12 @@ class Items:
 # What changes from step to step must not have a kernel compiled anew.
 @triton.jit(do_not_specialize=["window", "table_row", "partials"])
 def _body(
-    q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, items, out, partial, stats,
+    q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, slots, items, out, partial, stats,
     scale, softcap, window, table_row, partials,
     q_row, q_head, k_row, k_head, v_row, v_head,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    OWN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+    OWN: tl.constexpr, WRITES: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One item of one kv head a program."""
     item = tl.program_id(0) // KV_HEADS
@@ -85,25 +85,27 @@ def _body(
     attend_item(
         item, tl.program_id(0) % KV_HEADS, group,
         tl.load(items + item * 4 + 1), tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3),
-        q, q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, out, partial, stats,
+        q, q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, slots, out, partial, stats,
         scale, softcap, window, table_row, partials, q_row, q_head, k_row, k_head, v_row, v_head,
-        KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, M, N, D, OWN, WINDOWED, CAPPED, WIDE, False,
+        KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, M, N, D, OWN, WRITES, WINDOWED, CAPPED, WIDE, False,
     )  # fmt: skip
 
 
 @triton.jit
 def attend_item(
     item, kv_head, group, first, split, splits,
-    q, turns, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, out, partial, stats,
+    q, turns, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, slots, out, partial, stats,
     scale, softcap, window, table_row, partials,
     q_row, q_head, k_row, k_head, v_row, v_head,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    OWN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+    OWN: tl.constexpr, WRITES: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """One item of one kv head: the tile from pair `first` of a group on, and of its prefix the given split.
 
-    Rows' own keys and values come with OWN; `see_self` [R] says who sees them. WIDE: products in float32, for
+    Rows' own keys and values come with OWN; `see_self` [R] says who sees them. With WRITES all do, and their prefixes
+    end with them, whose keys and values go to `slots` here: no other program reads them. WIDE: products in float32, for
     float32 pages and for queries of another dtype than the pages. stats holds [maximum, sum] x partials. With TURNED
     the halves of a query are rotated against each other by `turns` [R, HEAD_DIM], cosines and behind them sines.
     """
@@ -129,6 +131,8 @@ def attend_item(
 
     # What the rows see of the pages, [low, high) each, and what any of them sees, [bottom, top).
     high = tl.load(prefix_lens + row, valid, other=0)
+    if WRITES:
+        high -= 1
     if WINDOWED:
         place = tl.load(positions + row, valid, other=0)
         low = tl.maximum(place - window + 1, 0).to(tl.int32)
@@ -148,13 +152,22 @@ def attend_item(
     total = tl.zeros([M], tl.float32)
     result = tl.zeros([M, D], tl.float32)
     if OWN:
-        mine = valid & (split == 0) & (tl.load(see_self + row, valid, other=0) != 0)
+        mine = valid & (split == 0)
+        if not WRITES:
+            mine = mine & (tl.load(see_self + row, valid, other=0) != 0)
         mask = mine[:, None] & in_head[None, :]
         key = tl.load(k + (row * k_row + kv_head * k_head)[:, None] + dim[None, :], mask, other=0.0)
         score = _score(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1), scale, softcap, CAPPED)
         highest = tl.where(mine, score, highest)
         total = tl.where(mine, 1.0, total)
-        result = tl.load(v + (row * v_row + kv_head * v_head)[:, None] + dim[None, :], mask, other=0.0).to(tl.float32)
+        value = tl.load(v + (row * v_row + kv_head * v_head)[:, None] + dim[None, :], mask, other=0.0)
+        result = value.to(tl.float32)
+        if WRITES:
+            own_slot = tl.load(slots + row, mine, other=0)
+            target = ((own_slot * KV_HEADS + kv_head) * HEAD_DIM)[:, None] + dim[None, :]
+            once = mask & (pair % SHARE == 0)[:, None]
+            tl.store(k_pages + target, key.to(k_pages.dtype.element_ty), once)
+            tl.store(v_pages + target, value.to(v_pages.dtype.element_ty), once)
 
     query = query.to(compute)
     table = tables + group.to(tl.int64) * table_row
@@ -182,8 +195,8 @@ def attend_item(
 
     if splits == 1:
         result = result / tl.where(total == 0.0, 1.0, total)[:, None]
-        target = (row * (KV_HEADS * SHARE) + head) * HEAD_DIM
-        tl.store(out + target[:, None] + dim[None, :], result, valid[:, None] & in_head[None, :])
+        place = (row * (KV_HEADS * SHARE) + head) * HEAD_DIM
+        tl.store(out + place[:, None] + dim[None, :], result, valid[:, None] & in_head[None, :])
     else:
         place = (item.to(tl.int64) * KV_HEADS + kv_head) * M + tl.arange(0, M)
         tl.store(partial + place[:, None] * D + dim[None, :], result, valid[:, None])
@@ -386,6 +399,7 @@ def candidate_attention(
     softcap: float = 0.0,
     window: int = 0,
     positions: Tensor | None = None,
+    slots: Tensor | None = None,
     items: Items | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -403,6 +417,8 @@ def candidate_attention(
         scale: factor on the scores. softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off.
         window: a row at position p sees keys at positions above ``p - window``; 0 is off.
         positions: int64 [R]; left out they follow from the prefix, see `reference.own_positions`.
+        slots: int64 [R], of rows that are alone in their groups: their keys and values are written there first.
+            Prefixes take them in, see_self is not asked.
         items: what to do, see `plan`, which makes it when it is left out.
         out: [R, H, D] in q's dtype, contiguous; rows of groups without items stay as they are.
 
@@ -422,8 +438,8 @@ def candidate_attention(
         return out
     own = k is not None and v is not None
     if window > 0 and positions is None:
-        positions = reference.own_positions(prefix_lens, see_self, own)
-    if own and see_self is None:
+        positions = prefix_lens.long() - 1 if slots is not None else reference.own_positions(prefix_lens, see_self, own)
+    if own and see_self is None and slots is None:
         see_self = torch.ones(rows, dtype=torch.bool, device=q.device)
     wide, size = is_wide(q.dtype, k_pages.dtype), padded(head_dim)
     launch = items.launch
@@ -432,17 +448,17 @@ def candidate_attention(
     partial, stats = scratch[: partials * size], scratch[partials * size :]
     # An argument that nothing is read from is given some tensor that is at hand.
     key, value = (k, v) if k is not None and v is not None else (q, q)
-    flags = see_self.view(torch.uint8) if own and see_self is not None else items.table
+    flags = see_self.view(torch.uint8) if own and see_self is not None and slots is None else items.table
     shape: dict[str, Any] = {"KV_HEADS": kv_heads, "SHARE": heads // kv_heads, "HEAD_DIM": head_dim}
     grid = (work * kv_heads,)
     _body[grid](
         q, k_pages, v_pages, block_tables, group_offsets, prefix_lens,
-        positions if window > 0 else prefix_lens, key, value, flags,
+        positions if window > 0 else prefix_lens, key, value, flags, items.table if slots is None else slots,
         items.table, out, partial, stats,
         scale, softcap, window, block_tables.stride(0), partials,
         *q.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         **shape, BLOCK_SIZE=block_size, M=launch.pairs, N=launch.positions, D=size,
-        OWN=own, WINDOWED=window > 0, CAPPED=softcap > 0, WIDE=wide,
+        OWN=own, WRITES=slots is not None, WINDOWED=window > 0, CAPPED=softcap > 0, WIDE=wide,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if items.merges:
@@ -478,22 +494,24 @@ torch.library.register_fake("vas_engine::candidate_attention", lambda q, *_: q.n
 
 
 def attention_variants(
-    name: str, launch: Configuration, head_dim: int, dtype: str, own: bool, plain: bool = True
+    name: str, launch: Configuration, head_dim: int, dtype: str, own: bool, plain: bool = True, writes: bool = False
 ) -> list[Variant]:
     """The body as it ships, NVIDIA's and AMD's; `plain`: without window and softcap."""
     from vas_engine.kernels.compile import TARGETS, Variant
 
     signature = dict.fromkeys(("q", "k_pages", "v_pages", "k", "v", "out"), f"*{dtype}")
     signature |= dict.fromkeys(("tables", "offsets", "prefix_lens", "items"), "*i32")
-    signature |= {"positions": "*i32" if plain else "*i64", "see_self": "*u8" if own else "*i32"}
+    signature |= {"positions": "*i32" if plain else "*i64", "see_self": "*u8" if own and not writes else "*i32"}
+    signature |= {"slots": "*i64" if writes else "*i32"}
     signature |= {"partial": "*fp32", "stats": "*fp32", "scale": "fp32", "softcap": "fp32"}
     pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
     strides = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head"]
     signature |= dict.fromkeys(("window", "table_row", "partials", *strides), "i32")
     constants = {"KV_HEADS": 8, "SHARE": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16}
     constants |= {"M": launch.pairs, "N": launch.positions, "D": padded(head_dim)}
-    constants |= {"OWN": own, "WINDOWED": not plain, "CAPPED": not plain, "WIDE": dtype == "fp32"}
-    label = f"{name} d{head_dim} {dtype} m{launch.pairs}{' own' if own else ''}{'' if plain else ' window softcap'}"
+    constants |= {"OWN": own, "WRITES": writes, "WINDOWED": not plain, "CAPPED": not plain, "WIDE": dtype == "fp32"}
+    options = {" own": own, " writes": writes, " window softcap": not plain}
+    label = f"{name} d{head_dim} {dtype} m{launch.pairs}" + "".join(word for word, on in options.items() if on)
     amd = tuple(target for target, chip in TARGETS.items() if chip.backend == "hip")
     nvidia = tuple(target for target in TARGETS if target not in amd)
     return [
@@ -520,6 +538,9 @@ def variants() -> list[Variant]:
     chosen += [(large, 128, "fp16", True, True), (large, 128, "bf16", True, False)]
     chosen += [(configuration(LARGEST_TILE, 256, False), 256, "bf16", True, False), (large, 80, "bf16", True, True)]
     listed = [variant for choice in chosen for variant in attention_variants("candidate_attention", *choice)]
+    for plain, dtype in ((True, "bf16"), (False, "bf16"), (True, "fp32")):
+        launch = configuration(16, 128, dtype == "fp32")
+        listed += attention_variants("candidate_attention", launch, 128, dtype, True, plain, writes=True)
     numbers = {"offsets": "*i32", "items": "*i32", "groups": "i32", "splits": "i32"}
     for groups, splits in ((1, 1), (64, 4), (256, MAX_SPLITS)):
         shape = {"SHARE": 4, "PAIRS": 64, "GROUPS": groups, "SPLITS": splits}

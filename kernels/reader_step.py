@@ -199,9 +199,9 @@ def _run(
             )  # fmt: skip
             attend_item(
                 item, kv_head, group, first, split, splits,
-                q, turns, k_pages, v_pages, tables, offsets, prefix_lens, prefix_lens, q, q, q, seen, partial, stats,
+                q, turns, k_pages, v_pages, tables, offsets, prefix_lens, prefix_lens, q, q, q, q, seen, partial, stats,
                 scale, 0.0, 0, table_row, partials, size, HEAD_DIM, 0, 0, 0, 0,
-                KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, PAIRS, POSITIONS, D, False, False, False, WIDE, True,
+                KV_HEADS, SHARE, HEAD_DIM, BLOCK_SIZE, PAIRS, POSITIONS, D, False, False, False, False, WIDE, True,
             )  # fmt: skip
         _meet(arrivals, programs)
         if MERGES:

@@ -396,6 +396,7 @@ def candidate_attention(
     softcap: float = 0.0,
     window: int = 0,
     positions: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Attention of rows in groups; a group's rows share one paged prefix and never see one another.
 
@@ -408,10 +409,16 @@ def candidate_attention(
         scale: factor on the scores. softcap: scores become ``softcap * tanh(score / softcap)``; 0 is off.
         window: a row at position p sees keys at positions above ``p - window``; 0 is off.
         positions: int64 [R]; left out they follow from the prefix, see :func:`own_positions`.
+        slots: int64 [R], of rows that are alone in their groups: their keys and values are written there first.
+            Prefixes take them in, see_self is not asked.
 
     Returns:
         [R, H, D] in q's dtype; a row with nothing to see gives 0.
     """
+    if k is not None and v is not None and slots is not None:
+        write_pages(k, v, k_pages, v_pages, slots)
+        k = v = see_self = None
+        positions = prefix_lens.to(torch.int64) - 1 if positions is None else positions
     heads = q.shape[1]
     block_size, kv_heads = k_pages.shape[1:3]
     share = heads // kv_heads

@@ -124,6 +124,44 @@ def test_own_keys_are_seen_by_all_where_nothing_else_is_said():
     compare(case, True)
 
 
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**31),
+            "groups": st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=1), min_size=1, max_size=4),
+            "kv_heads": st.integers(1, 3),
+            "share": st.sampled_from([1, 2, 5, 20]),
+            "dim": st.sampled_from([8, 12, 16, 80]),
+            "block_size": st.sampled_from([1, 3, 16]),
+            "dtype": st.sampled_from(DTYPES),
+        }
+    ),
+    softcap=st.sampled_from([0.0, 1.5]),
+    window=st.sampled_from([0, 1, 9]),
+    splits=st.sampled_from([None, 3]),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_rows_alone_in_their_groups_are_written_and_seen(shape, softcap, window, splits):
+    """Where their keys and values belong there is NaN before, and afterwards what `write_pages` would have written."""
+    case, size = fenced(make_case(**shape)), shape["block_size"]
+    last = case.prefixes.long() - 1
+    slots = case.tables.gather(1, (last // size)[:, None]).flatten() * size + last % size
+    pages = case.k_pages, case.v_pages
+    for one in pages:
+        one.view(-1, *one.shape[2:])[slots] = float("nan")
+    expected = [one.clone() for one in pages]
+    layout, how = (case.tables, case.offsets, case.prefixes), {"scale": 0.3, "softcap": softcap, "window": window}
+    wide = [tensor.float() for tensor in (case.q, *expected, case.k, case.v)]
+    wanted = reference.candidate_attention(*wide[:3], *layout, *wide[3:], **how, slots=slots)
+    reference.write_pages(case.k, case.v, *expected, slots)
+    items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
+    got = candidate_attention(case.q, *pages, *layout, case.k, case.v, **how, slots=slots, items=items)
+    check(got.cpu(), wanted.double().cpu(), case.q.dtype)
+    for one, other in zip(pages, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 def test_queries_may_be_wider_than_the_pages():
     case = make_case(14, [[30, 31]], dim=32, dtype=torch.bfloat16)
     case.q = torch.randn(case.q.shape)

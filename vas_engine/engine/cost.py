@@ -22,17 +22,18 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PARTS = ("weights", "kv", "network", "head", "sampler")
 """Parts of a step: the base model's layers, its attention, value networks, its vocabulary projection, sampling."""
 
-# Kernels of one layer of the base model as torch.compile leaves them: norm, query-key-value, rotation and writing,
-# attention and its merge, output, norm, gate and up, activation, down. Run one by one they are 36.
+# Kernels of one layer of the base model as torch.compile leaves them: norm, query-key-value, rotation, attention (which
+# writes) and its merge, output, norm, gate and up, activation, down. Run one by one they are 37.
 _LAYER_KERNELS, _ATTENTION_KERNELS = 8, 2
-# Those of value networks, compiled with it; one by one they are 22 and 26.
-_NETWORK_INPUT_KERNELS, _NETWORK_LAYER_KERNELS = 8, 8
+# Those of value networks, compiled with it; one by one they are 22 to 24. Before their layers: norm, states' product,
+# candidates' input, places and angles (two products), the sum.
+_NETWORK_INPUT_KERNELS, _NETWORK_LAYER_KERNELS = 9, 8
 # Heads, tilt and winner are one kernel; rows, plan, baselines and results come to eight.
 _OUTPUT_KERNELS = 9
 # Embedding, angles, last norm, product; two of selection, and ten that bring a step's numbers and pack its results.
 _HEAD_KERNELS, _SAMPLER_KERNELS = 5, 12
 # A step with lookahead also lays out the base model's rows, and keeps its selection for the next.
-_LOOKAHEAD_KERNELS = 30
+_LOOKAHEAD_KERNELS = 17
 
 
 # ------------------------------------------------------------------------------------------------------------

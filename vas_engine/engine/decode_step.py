@@ -235,6 +235,7 @@ class _Step(ABC):
             given["slots"],
             given["positions"],
             unslotted=False,
+            alone=True,
             plans=self._plans,
         )
         return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)

@@ -195,15 +195,18 @@ class TritonLayer:
             raise InvalidArgumentError("q", tuple(q.shape), fix)
         q, k, v = _strided(q)[0], self._own(k, rows), self._own(v, rows)
         pages = (self.k_pages, self.v_pages)
-        if k is not None and v is not None and batch.has_slotted:
+        if k is not None and v is not None and batch.has_slotted and not batch.alone:
             self.commit.write_pages(k, v, *pages, batch.slots)
         out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
         seen = (q, *pages, batch.block_tables, batch.group_offsets, batch.prefix_lens)
         how: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "positions": batch.positions}
         decodes, chunks = self._plan(q, k is not None, batch)
         if decodes is not None:
-            own = () if k is None else (k, v, batch.see_self)
-            self.decode.candidate_attention(*seen, *own, **how, items=decodes, out=out)
+            # Rows that no other row sees are written by the kernel itself.
+            own = {"slots": batch.slots} if batch.alone else {"see_self": batch.see_self}
+            self.decode.candidate_attention(
+                *seen, k, v, **how, **(own if k is not None else {}), items=decodes, out=out
+            )
         if self.flash is not None and isinstance(chunks, flash.Chunks):
             flash.attend(self.flash, q, *pages, chunks, scale, softcap, window, out)
         elif chunks is not None:

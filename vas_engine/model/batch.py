@@ -48,6 +48,8 @@ class AttentionBatch:
     `positions`, as `engine.rows.Rows`), for what the host plans; None: they would have to be fetched."""
     unslotted: bool | None = None
     """Of a batch whose numbers only the device knows, and nobody may fetch: whether all rows are unslotted, or none."""
+    alone: bool = False
+    """Whether every group is known to be one slotted row, as in a decoding step."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What a backend works out once and uses in every layer."""
     plans: dict[Any, Any] = field(default_factory=dict, repr=False)
