@@ -89,7 +89,7 @@ def choice(name: str, value: object, options: Collection[str]) -> str:
     return value
 
 
-def size_in_bytes(name: str, value: object) -> int:
+def size_in_bytes(name: str, value: object, least: int = 1) -> int:
     """Bytes from an int or a text such as "2GiB" or "1.5 GB" (GB counts in 1000s, GiB in 1024s)."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -97,8 +97,8 @@ def size_in_bytes(name: str, value: object) -> int:
         if match is None or unit is None:
             fix = "write bytes as a number or with a unit, such as '2GiB' or '512MB'"
             raise InvalidArgumentError(name, value, fix)
-        return integer(name, int(float(match[1]) * unit), 1)
-    return integer(name, value, 1)
+        return integer(name, int(float(match[1]) * unit), least)
+    return integer(name, value, least)
 
 
 def _range(low: float | None, high: float | None, above_low: bool = False) -> str:

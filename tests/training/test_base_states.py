@@ -51,7 +51,7 @@ def assert_same(one, other) -> None:
 
 @pytest.mark.parametrize("kinds", [["reader", "side"], ["lookahead"], ["action", "side-lookahead"]])
 def test_states_in_memory_are_those_of_the_model(lm, rollouts, monkeypatch, kinds):
-    run, source = train(lm, rollouts, kinds, cache_memory=0)
+    run, source = train(lm, rollouts, kinds, cache_memory="0")
     assert source == "model"
     rows = calls_of(lm, monkeypatch)
     kept, source = train(lm, rollouts, kinds)

@@ -97,8 +97,7 @@ class FitConfig:
             raise InvalidArgumentError("ema", self.ema, "give a decay from 0 (none) to below 1, such as 0.99")
         if not 0 < self.holdout < 1:
             raise InvalidArgumentError("holdout", self.holdout, "give a share between 0 and 1")
-        if self.cache_memory != 0:
-            arguments.size_in_bytes("cache_memory", self.cache_memory)
+        arguments.size_in_bytes("cache_memory", self.cache_memory, least=0)
 
     @property
     def spread(self) -> float:
@@ -122,4 +121,4 @@ class FitConfig:
 
     @property
     def cache_bytes(self) -> int:
-        return 0 if self.cache_memory == 0 else arguments.size_in_bytes("cache_memory", self.cache_memory)
+        return arguments.size_in_bytes("cache_memory", self.cache_memory, least=0)
