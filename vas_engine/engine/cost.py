@@ -385,7 +385,8 @@ def _stack(
     moved = (batch * shape.seen(context) + shape.layers * (rows + 2 * committed)) * shape.kv_width * size
     pairs = decoded * (shape.seen(context) + shape.layers) + prefill * shape.seen(prefill / 2)
     flops = 4 * shape.heads * shape.head_dim * pairs
-    kernels = shape.layers * _ATTENTION_KERNELS + (1 if committed else 0)
+    # A graph commits the layers one by one.
+    kernels = shape.layers * (_ATTENTION_KERNELS + bool(committed))
     yield Work(kv, moved + prefill * shape.kv_bytes, flops, kernels, shape.dtype)
 
 
@@ -421,7 +422,7 @@ def _network(shape: Shape, network: Network, batch: int, scored: int, context: f
         written = looks * (rows + 2 * batch) if own else 0
         pairs = scored * seen + (prefill * looks * prefill / 2 if own else 0)
         flops = 4 * heads * config.head_dim * pairs
-        kernels = looks * _ATTENTION_KERNELS + int(own)
+        kernels = looks * (_ATTENTION_KERNELS + own)
         yield Work("network", (batch * seen + written) * kv_width * size, flops, kernels, dtype)
     yield _value_head(config, width, scored, size, dtype)
 
