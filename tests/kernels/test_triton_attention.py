@@ -63,6 +63,29 @@ def compare(case: Case, own: bool, splits: int | None = None, **how) -> Items:
     return items
 
 
+def compare_alone(case: Case, splits: int | None = None, **how) -> None:
+    """Runs the kernel over rows alone in their groups, in whose places there is NaN before; judges what it gives, and
+    that the pages are left as `write_pages` would leave them.
+    """
+    case, size = fenced(case), case.k_pages.shape[1]
+    last = case.prefixes.long() - 1
+    slots = case.tables.gather(1, (last // size)[:, None]).flatten() * size + last % size
+    pages = case.k_pages, case.v_pages
+    for one in pages:
+        one.view(-1, *one.shape[2:])[slots] = float("nan")
+    expected = [one.clone() for one in pages]
+    layout, how = (case.tables, case.offsets, case.prefixes), {"scale": 0.7 * case.q.shape[-1] ** -0.5, **how}
+    wide = [tensor.float() for tensor in (case.q, *expected, case.k, case.v)]
+    wanted = reference.candidate_attention(*wide[:3], *layout, *wide[3:], **how, slots=slots)
+    reference.write_pages(case.k, case.v, *expected, slots)
+    items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
+    got = candidate_attention(case.q, *pages, *layout, case.k, case.v, **how, slots=slots, items=items)
+    check(got.cpu(), wanted.double().cpu(), case.q.dtype)
+    for one, other in zip(pages, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
 @given(
     shape=st.fixed_dictionaries(
         {
@@ -142,24 +165,7 @@ def test_own_keys_are_seen_by_all_where_nothing_else_is_said():
 )
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_rows_alone_in_their_groups_are_written_and_seen(shape, softcap, window, splits):
-    """Where their keys and values belong there is NaN before, and afterwards what `write_pages` would have written."""
-    case, size = fenced(make_case(**shape)), shape["block_size"]
-    last = case.prefixes.long() - 1
-    slots = case.tables.gather(1, (last // size)[:, None]).flatten() * size + last % size
-    pages = case.k_pages, case.v_pages
-    for one in pages:
-        one.view(-1, *one.shape[2:])[slots] = float("nan")
-    expected = [one.clone() for one in pages]
-    layout, how = (case.tables, case.offsets, case.prefixes), {"scale": 0.3, "softcap": softcap, "window": window}
-    wide = [tensor.float() for tensor in (case.q, *expected, case.k, case.v)]
-    wanted = reference.candidate_attention(*wide[:3], *layout, *wide[3:], **how, slots=slots)
-    reference.write_pages(case.k, case.v, *expected, slots)
-    items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
-    got = candidate_attention(case.q, *pages, *layout, case.k, case.v, **how, slots=slots, items=items)
-    check(got.cpu(), wanted.double().cpu(), case.q.dtype)
-    for one, other in zip(pages, expected, strict=True):
-        assert torch.equal(one.isnan(), other.isnan())
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    compare_alone(make_case(**shape), splits, softcap=softcap, window=window)
 
 
 def test_queries_may_be_wider_than_the_pages():
@@ -275,6 +281,16 @@ def test_operators_have_shapes_without_being_run():
     operator = torch.ops.vas_engine.paged_prefill.default
     torch.library.opcheck(operator, (case.q, *layout, None, 0.3, 0.0, 0), test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(operator(case.q, *layout, None, 0.3, 0.0, 0), paged_prefill(case.q, *layout, scale=0.3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("requests", [1, 7, 64])
+def test_decoding_at_full_size(requests, dtype):
+    """Eight kv heads of 128 numbers, four query heads each, prefixes of very different lengths."""
+    lengths = [1 + 3001 * i % 1500 for i in range(requests)]
+    compare_alone(make_case(9, [[n] for n in lengths], 8, share=4, dim=128, block_size=16, dtype=dtype))
 
 
 @pytest.mark.gpu
