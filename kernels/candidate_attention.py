@@ -437,9 +437,10 @@ def candidate_attention(
     if work == 0:
         return out
     own = k is not None and v is not None
+    writes = own and slots is not None
     if window > 0 and positions is None:
-        positions = prefix_lens.long() - 1 if slots is not None else reference.own_positions(prefix_lens, see_self, own)
-    if own and see_self is None and slots is None:
+        positions = prefix_lens.long() - 1 if writes else reference.own_positions(prefix_lens, see_self, own)
+    if own and see_self is None and not writes:
         see_self = torch.ones(rows, dtype=torch.bool, device=q.device)
     wide, size = is_wide(q.dtype, k_pages.dtype), padded(head_dim)
     launch = items.launch
@@ -448,17 +449,17 @@ def candidate_attention(
     partial, stats = scratch[: partials * size], scratch[partials * size :]
     # An argument that nothing is read from is given some tensor that is at hand.
     key, value = (k, v) if k is not None and v is not None else (q, q)
-    flags = see_self.view(torch.uint8) if own and see_self is not None and slots is None else items.table
+    flags = see_self.view(torch.uint8) if own and see_self is not None and not writes else items.table
     shape: dict[str, Any] = {"KV_HEADS": kv_heads, "SHARE": heads // kv_heads, "HEAD_DIM": head_dim}
     grid = (work * kv_heads,)
     _body[grid](
         q, k_pages, v_pages, block_tables, group_offsets, prefix_lens,
-        positions if window > 0 else prefix_lens, key, value, flags, items.table if slots is None else slots,
+        positions if window > 0 else prefix_lens, key, value, flags, slots if writes else items.table,
         items.table, out, partial, stats,
         scale, softcap, window, block_tables.stride(0), partials,
         *q.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         **shape, BLOCK_SIZE=block_size, M=launch.pairs, N=launch.positions, D=size,
-        OWN=own, WRITES=slots is not None, WINDOWED=window > 0, CAPPED=softcap > 0, WIDE=wide,
+        OWN=own, WRITES=writes, WINDOWED=window > 0, CAPPED=softcap > 0, WIDE=wide,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if items.merges:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vas_engine.model.compiled import CompiledFunction
 from vas_engine.model.handles import find, handle_of
-from vas_engine.values.layers import PagedAttention
+from vas_engine.values.layers import PagedAttention, split_heads
 
 if TYPE_CHECKING:
     from vas_engine.model.lm import CausalLM
@@ -87,17 +87,17 @@ def _operator(q: Tensor, v: Tensor | None, handle: Tensor, index: int) -> Tensor
     """As `PagedAttention.attend`; a tensor of its own."""
     attention: PagedAttention | None = find(handle).attention
     if attention is None:  # while code is compiled
-        return torch.zeros_like(q[:, : _heads(q, v)], memory_format=torch.contiguous_format)
+        return torch.zeros_like(_queries(q, v), memory_format=torch.contiguous_format)
     return attention.attend(index, q, v).contiguous()
 
 
 def _operator_shape(q: Tensor, v: Tensor | None, handle: Tensor, index: int) -> Tensor:
-    return q.new_empty((q.shape[0], _heads(q, v), q.shape[2]))
+    return q.new_empty(_queries(q, v).shape)
 
 
-def _heads(q: Tensor, v: Tensor | None) -> int:
-    """Of the queries; keys may be behind them, as many as values."""
-    return q.shape[1] if v is None else q.shape[1] - v.shape[1]
+def _queries(q: Tensor, v: Tensor | None) -> Tensor:
+    """Without the keys that stand behind them where there are values."""
+    return q if v is None else split_heads(q, v)[0]
 
 
 _library = torch.library.Library("vas_engine", "FRAGMENT")
