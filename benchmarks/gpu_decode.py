@@ -166,11 +166,16 @@ class Peer:
 Contender = Ours | Peer
 
 
+def unmeasured(planned: Sequence[Setting], **why: str) -> Iterator[dict[str, Any]]:
+    """A row for each setting that says "skipped" or "failed", and why."""
+    return ({**asdict(setting), **why} for setting in planned)
+
+
 def measure(contender: Contender, planned: Sequence[Setting], rounds: int, budget: Budget) -> Iterator[dict[str, Any]]:
     """A row for each setting; what there is no time or memory for says so."""
     for setting in planned:
         if contender.seconds(setting) > budget.left:
-            yield {**asdict(setting), "skipped": f"no time: {budget.left:.0f} s are left"}
+            yield from unmeasured([setting], skipped=f"no time: {budget.left:.0f} s are left")
             continue
         rates: list[float] = []
         try:
@@ -179,7 +184,7 @@ def measure(contender: Contender, planned: Sequence[Setting], rounds: int, budge
                 if len(rates) == rounds or budget.left < 0:
                     break
         except Exception as error:  # of whatever sort: the others are to be measured
-            yield {**asdict(setting), "failed": f"{type(error).__name__}: {error}"}
+            yield from unmeasured([setting], failed=f"{type(error).__name__}: {error}")
             continue
         yield {**asdict(setting), "tokens_per_second": spread(rates), "rounds": len(rates)}
 
@@ -267,16 +272,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         if budget.left < slowest:
             left = f"no time: {budget.left:.0f} s are left, and loading takes up to {slowest:.0f}"
-            rows = iter([{**asdict(setting), "skipped": left} for setting in planned])
+            rows = unmeasured(planned, skipped=left)
         else:
             try:
                 contender = load(kind, planned, options.shape, device, options.steps)
             except Exception as error:  # of whatever sort: the other kinds are to be measured
-                failed = f"{type(error).__name__}: {error}"
-                rows = iter([{**asdict(setting), "failed": failed} for setting in planned])
+                rows = unmeasured(planned, failed=f"{type(error).__name__}: {error}")
             else:
-                slowest = max(slowest, time.monotonic() - start)
-                print(f"{kind}: loaded in {time.monotonic() - start:.0f} s", file=sys.stderr)
+                taken = time.monotonic() - start
+                slowest = max(slowest, taken)
+                print(f"{kind}: loaded in {taken:.0f} s", file=sys.stderr)
                 # What is left is for all, but that a kind takes long to load must not cost it its own time.
                 share = Budget(budget.left / (len(options.kinds) - place))
                 rows = measure(contender, planned, options.rounds, share)
