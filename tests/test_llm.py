@@ -375,6 +375,23 @@ def test_ctrl_c_in_a_stream(llm, monkeypatch):
     assert not llm.engine.has_unfinished
 
 
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_ctrl_c_while_a_request_is_admitted(llm, monkeypatch, call):
+    """The scheduler has it and the rest of the engine does not know it yet."""
+    add = llm.engine.scheduler.add
+
+    def interrupted(sequence):
+        add(sequence)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(llm.stream("Hi", GREEDY) if call == "stream" else llm.generate(["Hi"] * 2, GREEDY, use_tqdm=False))
+    assert not llm.engine.has_unfinished
+    llm.engine.scheduler.check()
+
+
 def test_a_failing_step_leaves_nothing_behind(llm, monkeypatch):
     step, calls = llm.engine.step, []
 

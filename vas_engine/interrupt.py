@@ -1,4 +1,4 @@
-"""Ctrl-C between steps: a step of the engine is never cut in half."""
+"""Ctrl-C between steps: neither a step of the engine nor the admission of a request is cut in half."""
 
 from __future__ import annotations
 

@@ -306,9 +306,12 @@ class LLM:
 
     def _stream(self, prompt: Prompt, params: SamplingParams, priority: int) -> Iterator[RequestOutput]:
         self._check_ranks([(prompt, params, priority)])
-        output = self._submit(prompt, params, priority)
-        shown = output.snapshot()
+        outputs: list[RequestOutput] = []
         try:
+            with deferred_interrupt():
+                outputs.append(self._submit(prompt, params, priority))
+            [output] = outputs
+            shown = output.snapshot()
             while not shown.finished:
                 # Another call made in the loop's body may have brought this request on already.
                 if _same(output, shown):
@@ -320,7 +323,7 @@ class LLM:
                         new.delta_token_ids = new.token_ids[len(old.token_ids) :]
                     yield shown
         finally:
-            self._abandon([output])
+            self._abandon(outputs)
         if output.error is not None:
             raise output.error
 
@@ -332,7 +335,8 @@ class LLM:
         bar = tqdm(total=len(requests), disable=not (use_tqdm and ranks.is_first()), unit="request", desc="generate")
         try:
             for request in requests:
-                outputs.append(self._admit(*request))
+                with deferred_interrupt():  # what the engine holds is on the list
+                    outputs.append(self._admit(*request))
             running = [output for output in outputs if not output.finished]
             bar.update(len(outputs) - len(running))
             while running:

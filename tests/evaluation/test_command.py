@@ -186,6 +186,6 @@ def test_ctrl_c_leaves_nothing(folders, tmp_path):
         seen += piece
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait() == INTERRUPTED
+    assert process.wait() == INTERRUPTED, rest
     assert "interrupted" in rest
     assert list(tmp_path.iterdir()) == []

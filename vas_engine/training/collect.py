@@ -328,7 +328,8 @@ def sample_shards(
             while unfinished < 2 * llm.engine.scheduler.max_num_seqs and (entry := next(coming, None)):
                 shard, request = entry
                 name = f"collect-{next(_numbers)}"
-                output = front.add(name, job.prompts[request.prompt][1], job.sampling(request))
+                with deferred_interrupt():
+                    output = front.add(name, job.prompts[request.prompt][1], job.sampling(request))
                 outputs[shard.number].append(output)
                 running[name] = shard, 0
                 unfinished += request.count

@@ -188,7 +188,8 @@ class _Run:
             # Pages of another call are of no use: the weights may have changed since.
             salt = str(next(_calls)).encode()
             for index, (tokens, params) in enumerate(self.requests):
-                outputs.append(self.front.add(str(index), tokens, params, salt=salt))
+                with deferred_interrupt():
+                    outputs.append(self.front.add(str(index), tokens, params, salt=salt))
             while self.front.has_unfinished:
                 with deferred_interrupt():
                     touched = self.front.step()
