@@ -24,8 +24,8 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 demo: install  ## a frozen model follows two rewards, in under three minutes (ARGS="--help")
 	$(BIN)/vas demo $(ARGS)
 
-test: install  ## the ordinary tests
-	$(BIN)/python -m pytest $(ARGS)
+test: install  ## the ordinary tests, a process for each core up to eight (ARGS="-n 0 tests/engine")
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: install  ## the heavy tests too
 	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
