@@ -45,6 +45,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WARPS, _WARPS_AMD = 8, 4
 """A program has a multiprocessor to itself, and with these all of its registers."""
 _MOST_PAIRS = 64
+_MOST_PROGRAMS = 1024
 _ITEMS_PER_PROGRAM = 2
 """Pieces of attention that a program is to have at least, so that unequal ones even out."""
 _PHASES = ("query", "output", "up", "down")
@@ -57,6 +58,7 @@ def _meet(arrivals, programs):
     """All programs wait here for one another: what any of them wrote before, each of them reads behind.
 
     The count only grows, so that nobody has to reset it: whoever arrives waits for the next multiple of the programs.
+    Launches of other numbers of programs must therefore count elsewhere.
     """
     tl.debug_barrier()  # the release speaks for all threads of the program
     ticket = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
@@ -176,6 +178,7 @@ def _run(
     """See `reader_step`. x, squares, inner (of the feed-forward), middle (of the heads) and the others up to `stats`
     are scratch; `width` is the stream's, ROWS x FEW a tile of outputs of the heads."""
     program, programs = tl.program_id(0), tl.num_programs(0)
+    arrivals += programs
     size: tl.constexpr = KV_HEADS * SHARE * HEAD_DIM
     TYPE: tl.constexpr = q.dtype.element_ty
     wide = tl.cdiv(width, N)
@@ -311,7 +314,7 @@ class Reader:
         activation: "gelu", "relu" or "silu", of the layers.
         width, mlp, queries: of the layers. kv_heads, head_dim, block_size: of the pages.
         dtype: of pages and weights.
-        arrivals: int64 [1], the programs that ever came to a barrier.
+        arrivals: int64 [_MOST_PROGRAMS + 1], how often programs ever came to a barrier, by their number in a launch.
         kept: the tensors behind the addresses.
     """
 
@@ -347,7 +350,7 @@ class Reader:
         return cls(
             addresses.to(pages.device), weights, weights.activation, width, mlp, layers[0].shape[0],
             kv_heads, head_dim, block_size, pages.dtype,
-            torch.zeros(1, dtype=torch.int64, device=pages.device), tuple(kept),
+            torch.zeros(_MOST_PROGRAMS + 1, dtype=torch.int64, device=pages.device), tuple(kept),
         )  # fmt: skip
 
 
@@ -409,7 +412,8 @@ def reader_step(
         prefix_lens: int32 [R], the positions a row sees: those below its own.
         settings, row_offsets, columns, selection, tilt: as of `value_head_tilt`, which chooses.
         splits: of each prefix; left out as many as fill the device.
-        programs: how many share the work, all of which must run at once; left out one a multiprocessor. One will do.
+        programs: how many share the work, at most 1024, all of which must run at once; left out one a multiprocessor.
+            One will do.
 
     Returns:
         A `ValueTilt` with winners; lines of rows that no sequence owns are not written.
@@ -420,7 +424,7 @@ def reader_step(
     hidden_size, outputs, share = len(heads.hidden), len(heads.output), reader.queries // reader.kv_heads
     wide, size = reader.dtype == torch.float32, padded(reader.head_dim)
     launch = configuration(rows, -(-rows // max(groups, 1)) * share, reader.head_dim, wide, bool(torch.version.hip))
-    programs = programs or processors(device)
+    programs = min(programs or processors(device), _MOST_PROGRAMS)
     tiles = (min(rows, groups) + rows * share // launch.pairs) * reader.kv_heads
     if splits is None:
         longest = block_tables.shape[1] * reader.block_size

@@ -160,7 +160,7 @@ class Event:
 
 
 class Stream:
-    """What `torch.cuda.Stream` is: there is but one."""
+    """What `torch.cuda.Stream` is; all are worked off in the order of what was queued, as one."""
 
     cuda_stream = 0
 
@@ -200,7 +200,7 @@ class EmulatedDevice(TorchDispatchMode):
             not counted: models of any size can be gone through for what they launch.
         waits: what the host waited for, and how often.
         allocations: blocks of memory that were taken, those of graphs left out.
-        replays: of graphs. live, peak: bytes.
+        captures, replays: of graphs. live, peak: bytes.
         launches: kernels that were launched, each with its arguments and options.
     """
 
@@ -208,9 +208,10 @@ class EmulatedDevice(TorchDispatchMode):
         super().__init__()
         self.late, self.computes = late, True
         self.waits: Counter[str] = Counter()
-        self.allocations = self.replays = self.live = self.peak = 0
+        self.allocations = self.captures = self.replays = self.live = self.peak = 0
         self.launches: list[tuple[Callable[..., None], dict[str, Any]]] = []
-        self.graphs: list[Graph] = []
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.stream = Stream()
         self.place = self.done = 0
         self.capturing: Graph | None = None
         self._queue: list[Callable[[], None]] = []
@@ -516,16 +517,32 @@ def _spoil(memory: torch.Tensor) -> None:
 
 
 @contextmanager
-def _capture(graph: Graph, pool: Any = None, **_: Any) -> Iterator[None]:
+def _on(stream: Stream) -> Iterator[None]:
+    device = _mode()
+    before, device.stream = device.stream, stream
+    try:
+        yield
+    finally:
+        device.stream = before
+
+
+@contextmanager
+def _capture(graph: Graph, pool: Any = None, stream: Stream | None = None, **_: Any) -> Iterator[None]:
     device = _mode()
     device.wait("capture")
+    before, device.stream = device.stream, stream or Stream()
+    # Like torch, which does not go back to the stream before in either case of failure.
+    if pool is not None and not any(other._pool is pool for other in device.graphs):
+        raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: all graphs of this pool are gone")
     graph._pool = pool or object()
     device.capturing = graph
-    device.graphs.append(graph)
+    device.graphs.add(graph)
+    device.captures += 1
     try:
         yield
     finally:
         device.capturing = None
+    device.stream = before
 
 
 def _guard() -> None:
@@ -572,8 +589,9 @@ def emulated(late: bool = True, processors: int = 4) -> Iterator[EmulatedDevice]
         "memory_allocated": lambda device=None: _mode().live,
         "max_memory_allocated": lambda device=None: _mode().peak,
         "reset_peak_memory_stats": lambda device=None: setattr(_mode(), "peak", _mode().live),
-        "current_stream": lambda device=None: Stream(),
-        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: _mode().stream,
+        "set_stream": lambda stream: setattr(_mode(), "stream", stream),
+        "stream": _on,
         "is_current_stream_capturing": lambda: _mode().capturing is not None,
         "is_bf16_supported": lambda *args, **kwargs: True,
         "manual_seed_all": lambda seed: None,

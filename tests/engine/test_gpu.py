@@ -11,7 +11,7 @@ import torch
 
 import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
 from tests.emulation import emulated
-from tests.engine.conftest import distributional, drain, engine_on, tokens
+from tests.engine.conftest import distributional, drain, engine_on, network, tokens
 from vas_engine.engine.engine import Engine
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
@@ -86,3 +86,18 @@ def test_graphs_change_no_token(limited: bool) -> None:
     first, second = traffic(again, limited), traffic(again, limited)  # the second time nothing is captured
     assert first == second
     assert len(again.graphs) > 0
+
+
+def test_graphs_are_captured_again_after_values_came() -> None:
+    """With the old graphs the pool of their memory went, and new ones need another."""
+    found = []
+    for graphs in (False, True):
+        running = build("cuda", "triton", graphs=graphs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*CUDA graph")
+            events = [traffic(running, limited=False)]
+            running.add_value("new", network("action", running.lm, seed=9))
+            events.append(traffic(running, limited=False))
+        found.append(events)
+        assert not graphs or len(running.graphs) > 0
+    assert found[0] == found[1]

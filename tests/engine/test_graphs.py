@@ -20,12 +20,16 @@ from vas_engine.engine.decode_step import BlockTables
 from vas_engine.engine.event import TokenEvent
 from vas_engine.engine.sequence import Sequence
 from vas_engine.model import CausalLM
+from vas_engine.model.graphs import Graphs
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
 
 HAS_GPU = torch.cuda.is_available()
 HEADS = (HeadConfig("plain", "plain"), HeadConfig("bounded", "bounded", bounds=(-1.0, 1.0)), distributional(name="of9"))
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("error:.*CUDA graph"),  # a step that cannot be captured is warned of
+]
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +379,50 @@ def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
     wanted = found("cpu", False)
     with emulated(late) as device:
         assert_same(found("cuda", True), wanted)
-    assert device.replays > len(device.graphs)  # some graph served more than once
+    assert device.replays > device.captures  # some graph served more than once
+
+
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+def test_graphs_after_values_came() -> None:
+    """All graphs are dropped then, and with them their pool of memory."""
+    pytest.importorskip("triton")
+    params = SamplingParams(seed=1, num_candidates=3, max_tokens=8, ignore_eos=True)
+
+    def found(device: str, backend: str, **options) -> tuple[list[TokenEvent], int]:
+        lm = CausalLM.load(llama(layers=1).model, device=device, attention_backend=backend)
+        running = engine(lm, **options)
+        running.add_request("0", [1, 2], params)
+        events = [event for _ in range(4) for event in running.step()]
+        running.add_value("a", network("action", lm))
+        running.add_request("1", [3], params.replace(values={"a": 2.0}))
+        return events + drain(running), running.stats.graph_steps
+
+    wanted, _ = found("cpu", "reference")
+    with emulated() as device:
+        events, steps = found("cuda", "triton", graphs=True)
+    assert_same(events, wanted)
+    assert steps > 8
+    assert device.captures > 2
+
+
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+def test_work_that_cannot_be_captured_is_launched() -> None:
+    """Once, with a warning; what comes after it is not touched."""
+    with emulated() as device:
+        kept, seen = Graphs(torch.device("cuda")), torch.zeros(1, device="cuda")
+
+        def waits() -> None:
+            seen.add_(1).item()
+
+        before = torch.cuda.current_stream()
+        with pytest.warns(UserWarning, match="decoding without a CUDA graph"):
+            kept.capture(waits)()
+        assert torch.cuda.current_stream() is before
+        seen.zero_()
+        again = kept.capture(lambda: seen.add_(1))
+        again()
+        assert device.captures == 2
+        assert seen.item() == 3  # before the capture, and two replays
 
 
 @pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")

@@ -98,6 +98,7 @@ class DecodeGraphs:
         """Drop all graphs: networks have come or gone."""
         self._guided.clear()
         self._forwards.clear()
+        self.graphs.forget()
         values = len(self.guide.value_names)
         self.lanes = {ahead: Lane(*self._sizes, values, self.lm.device) for ahead in (False, True)}
 

@@ -26,6 +26,12 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        # One for all: libraries keep memory for every stream that they ever ran on.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def forget(self) -> None:
+        """All graphs are gone, and with them what made their pool one that others may join."""
+        self._pool = None
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Does the work and returns what does it again.
@@ -34,20 +40,23 @@ class Graphs:
         addresses, and everything else it looks at is taken as it was now. Work that cannot be captured (it waits for
         the device, say) is warned of once and done by launching it.
         """
-        if self.device.type != "cuda":
+        if self._stream is None:
             work()
             return work
         # Kernels are compiled and libraries take their memory outside of the capture.
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             work()
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
+            # torch leaves the stream of the capture where ending it fails too; nor is the pool to be relied on.
+            torch.cuda.set_stream(current)
+            self._pool = None
             warnings.warn(f"decoding without a CUDA graph: capturing failed ({error})", stacklevel=2)
             work()
             return work
