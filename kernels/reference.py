@@ -559,15 +559,20 @@ class ValueTilt:
     row: Tensor | None = None
 
 
-def head_output(features: Tensor, weights: HeadWeights) -> Tensor:
-    """Raw outputs of all heads: [R, width] -> float32 [R, O]."""
+def head_hidden(features: Tensor, weights: HeadWeights) -> Tensor:
+    """What the outputs of all heads are linear in: norm and hidden layer, [R, width] -> [R, H or width]."""
     x = features.float()
     if weights.norm:
         x = F.rms_norm(x, (x.shape[-1],), None, NORM_EPS)
     if weights.hidden is not None:
         x = F.linear(x.to(weights.hidden.dtype), weights.hidden, weights.hidden_bias)
         x = _ACTIVATIONS[weights.activation](x)
-    return F.linear(x.float(), weights.output, weights.output_bias)
+    return x
+
+
+def head_output(features: Tensor, weights: HeadWeights) -> Tensor:
+    """Raw outputs of all heads: [R, width] -> float32 [R, O]."""
+    return F.linear(head_hidden(features, weights).float(), weights.output, weights.output_bias)
 
 
 def head_values(output: Tensor, weights: HeadWeights, asked: Tensor, optimal: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """The fused value head: features of candidate rows to tilts and winners, one launch; twin of
 `reference.value_head_tilt`.
 
-One program a sequence. Tiles of its rows (the candidates of one step) go through the hidden layer, the outputs and the
-heads, the weights streaming past them; what one stage leaves for the next passes through scratch in global memory,
-which a block reads back from its own cache. Then the winner is an arg max over all rows. A sequence without rows has
-its columns for rows.
+One program a sequence, so each reads all weights. A large hidden layer is therefore a matrix product of its own before,
+spread over the whole device, and the kernel begins with the outputs. Tiles of a sequence's rows (the candidates of one
+step) go through the hidden layer, the outputs and the heads, the weights streaming past them; what one stage leaves for
+the next passes through scratch in global memory, which a block reads back from its own cache. Then the winner is an
+arg max over all rows. A sequence without rows has its columns for rows.
 
 float32 weights are multiplied to float32's precision (on NVIDIA as three tf32 products of split factors); tilts,
 log-probabilities and the winner are float64 as on the CPU.
@@ -13,6 +14,7 @@ log-probabilities and the winner are float64 as on the CPU.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +30,15 @@ from vas_engine.kernels.reference import (
     ValueSettings,
     ValueTilt,
     WinnerTensors,
+    head_hidden,
 )
 
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
 
+LARGEST_HIDDEN = 2**14
+"""Numbers of a hidden layer up to which the kernel takes it in: some ten steps over tiles of weights, each of which has
+to wait for its own."""
 _SCALAR = tl.constexpr(SCALAR)
 _DISTRIBUTIONAL = tl.constexpr(DISTRIBUTIONAL)
 _EPS = tl.constexpr(NORM_EPS)
@@ -330,7 +336,7 @@ def launch_of(selected: int, outputs: int, width: int, hidden_size: int, wide: b
         "N": tile(outputs, 32),
         "BINS": tile(outputs, 32),
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 2 if hidden_size or outputs > 16 else 4,
     }
 
 
@@ -348,7 +354,7 @@ def value_head_tilt(
     tilt: Tensor,
     choose: bool = True,
 ) -> ValueTilt:
-    """`reference.value_head_tilt` in one launch, without synchronisation.
+    """`reference.value_head_tilt` without synchronisation; in one launch unless the hidden layer is large.
 
     Args:
         features: [R, width] float32, bfloat16 or float16; columns adjacent, rows any stride apart.
@@ -363,6 +369,8 @@ def value_head_tilt(
         A `ValueTilt`; lines of rows that no sequence owns are not written.
     """
     w, s = weights, selection
+    if w.hidden is not None and w.hidden.numel() > LARGEST_HIDDEN:
+        features, w = head_hidden(features, w), replace(w, norm=False, hidden=None, hidden_bias=None)
     values, utilities, winner, statistics = _operator(
         features,
         w.norm,
@@ -396,16 +404,17 @@ def variants() -> list[Variant]:
     aligned = ("features", "stride", "width", "hidden", "output", "hidden_size", "middle", "raw")
     listed = []
     for selected, outputs, dtype, activation in itertools.product((21, 65), (1, 101), ("bf16", "fp32"), ("gelu", "")):
-        if dtype == "bf16" and not activation:
-            continue  # outputs are float32 whatever the rest is
         launch = launch_of(selected, outputs, 1024, 256 if activation else 0, dtype == "fp32")
         warps, stages = launch.pop("num_warps"), launch.pop("num_stages")
+        given = dict.fromkeys(("hidden", "hidden_bias"), f"*{dtype}")
         for precision, targets in (("tf32x3", ("sm_80", "sm_90", "sm_100")), ("ieee", ("gfx942",))):
-            constants = launch | {"NORM": True, "ACTIVATION": activation, "PRECISION": precision}
+            # Behind a hidden layer of its own rows are of its type, and not normalised.
+            apart = dtype == "bf16" and not activation
+            constants = launch | {"NORM": not apart, "ACTIVATION": activation, "PRECISION": precision}
             listed.append(
                 Variant(
                     f"value_head_tilt {selected}x{outputs} {dtype} {activation or 'linear'}", _fused,
-                    signature | {"hidden": f"*{dtype}", "hidden_bias": f"*{dtype}"}, constants,
+                    signature | given | ({"features": "*bf16"} if apart else {}), constants,
                     num_warps=warps, num_stages=stages, aligned=aligned, targets=targets,
                 )
             )  # fmt: skip

@@ -100,7 +100,10 @@ def make_case(seed: int, configs=None, width: int | None = None, hidden: int | N
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     configs = configs or HEADS[rng.integers(len(HEADS))]
-    width, hidden = width or int(rng.choice([5, 17, 40])), int(rng.choice([0, 6, 70])) if hidden is None else hidden
+    width, hidden = (
+        width or int(rng.choice([5, 17, 40])),
+        int(rng.choice([0, 6, 70, 1200])) if hidden is None else hidden,
+    )
     heads = make_heads(configs, width, hidden, bool(rng.random() < 0.7), str(rng.choice(["gelu", "relu", "silu"])))
     count, vocabulary = int(rng.integers(1, 5)), int(rng.choice([2, 60]))
     arrays = SamplingArrays.build(
@@ -343,7 +346,7 @@ def test_input_operator_is_what_it_says():
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 @pytest.mark.parametrize("configs", [(PLAIN,), (LARGE,), (PLAIN, SMALL, BOUNDED, LARGE)])
-@pytest.mark.parametrize("hidden", [0, 256])
+@pytest.mark.parametrize("hidden", [0, 24, 256])
 def test_real_sizes(configs, hidden):
     assert_equals_twin(whole_case(make_heads(configs, 640, hidden), 640, 32, 20), tolerance=3e-5)
 

@@ -28,8 +28,9 @@ _LAYER_KERNELS, _ATTENTION_KERNELS = 8, 2
 # Those of value networks, compiled with it; one by one they are 22 to 24. Before their layers: norm, states' product,
 # candidates' input, places and angles (two products), the sum.
 _NETWORK_INPUT_KERNELS, _NETWORK_LAYER_KERNELS = 9, 8
-# Heads, tilt and winner are one kernel; rows, plan, baselines and results come to eight.
-_OUTPUT_KERNELS = 9
+# Heads, tilt and winner are one kernel; rows, plan, baselines and results come to eight. A hidden layer of the heads,
+# which is a product of its own: norm, type, product, activation.
+_OUTPUT_KERNELS, _HIDDEN_KERNELS = 9, 4
 # Embedding, angles, last norm, product; two of selection, and ten that bring a step's numbers and pack its results.
 _HEAD_KERNELS, _SAMPLER_KERNELS = 5, 12
 # A step with lookahead also lays out the base model's rows, and keeps its selection for the next.
@@ -430,7 +431,8 @@ def _network(shape: Shape, network: Network, batch: int, scored: int, context: f
 def _value_head(config: ValueConfig, features: int, rows: int, size: int, dtype: str) -> Work:
     """Hidden layer, outputs, tilt and winner."""
     matrices = (features + config.outputs) * config.head_hidden if config.head_hidden else features * config.outputs
-    return Work("network", matrices * size + rows * config.outputs * 4, 2 * rows * matrices, _OUTPUT_KERNELS, dtype)
+    kernels = _OUTPUT_KERNELS + (_HIDDEN_KERNELS if config.head_hidden else 0)
+    return Work("network", matrices * size + rows * config.outputs * 4, 2 * rows * matrices, kernels, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
