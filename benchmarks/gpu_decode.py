@@ -26,7 +26,7 @@ from transformers.utils import logging
 from benchmarks import record
 from benchmarks.contenders import LOGIT_SCALE, llama_config
 from benchmarks.gpu_clock import Budget, Ceilings, measure_ceilings
-from benchmarks.gpu_peers import PEERS, batched, guided, rate
+from benchmarks.gpu_peers import PEERS, batched, guided
 from benchmarks.record import spread
 from vas_engine.commands.bench import WARM, decode, room
 from vas_engine.engine.cost import SHAPES, Device, Network, Shape, network_config, predict
@@ -34,7 +34,10 @@ from vas_engine.llm import LLM
 from vas_engine.values import ValueNetwork
 
 PLAIN = ("plain", "serial", "compiled")
-KINDS = (*PLAIN, "reader", "side", "lookahead", "reader-4", "compiled-reader", *PEERS, "compiled-side")
+KINDS = (
+    "plain", "reader", "side", "lookahead", "compiled", "compiled-reader",
+    "serial", "reader-4", *PEERS, "compiled-side",
+)  # fmt: skip
 """What is measured, first what matters most: "serial" is plain decoding whose steps wait for the host, "compiled" goes
 through torch.compile, "reader-4" is four readers at once, and the peers are transformers alone."""
 VALUE_MODEL = {"llama-8b": "llama-1.1b", "tiny": "tiny"}
@@ -160,7 +163,7 @@ class Peer:
         prompts = torch.randint(3, self.vocab, (setting.batch, setting.context), generator=generator).tolist()
         call = self.call(setting.candidates)
         while True:
-            yield rate(call, prompts, self.steps, WARM)
+            yield call(prompts, WARM, self.steps)
 
 
 Contender = Ours | Peer
@@ -266,12 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(device, getattr(torch, shape.dtype))
     circumstances = record.circumstances()
     report: dict[str, Any] = {"ceilings": asdict(ceilings), "shape": asdict(shape), "results": []}
-    slowest = 0.0
+    slowest = dict.fromkeys((False, True), 0.0)  # to load, what is compiled and what is not
     for place, kind in enumerate(options.kinds):
         planned = settings(kind, options.context, options.batch, options.candidates)
-        start = time.monotonic()
-        if budget.left < slowest:
-            left = f"no time: {budget.left:.0f} s are left, and loading takes up to {slowest:.0f}"
+        start, compiles = time.monotonic(), kind.startswith("compiled")
+        if budget.left < slowest[compiles]:
+            left = f"no time: {budget.left:.0f} s are left, and loading takes up to {slowest[compiles]:.0f}"
             rows = unmeasured(planned, skipped=left)
         else:
             try:
@@ -280,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = unmeasured(planned, failed=f"{type(error).__name__}: {error}")
             else:
                 taken = time.monotonic() - start
-                slowest = max(slowest, taken)
+                slowest[compiles] = max(slowest[compiles], taken)
                 print(f"{kind}: loaded in {taken:.0f} s", file=sys.stderr)
                 # What is left is for all, but that a kind takes long to load must not cost it its own time.
                 share = Budget(budget.left / (len(options.kinds) - place))
@@ -294,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(table(report))
-    return int(any("failed" in row for row in report["results"]))
+    # A peer that cannot run here is no fault of ours.
+    return int(any("failed" in row for row in report["results"] if row["kind"] not in PEERS))
 
 
 if __name__ == "__main__":

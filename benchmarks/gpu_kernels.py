@@ -12,7 +12,7 @@ import argparse
 import importlib
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -212,9 +212,9 @@ def check(out: torch.Tensor, given: dict[str, Any], case: AttentionCase, scale: 
 
 
 def measure_sampler(
-    case: SamplerCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = False
+    case: SamplerCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
 ) -> dict[str, Any]:
-    """Seconds of one call, never as a graph: settings are packed on the host and sent with each."""
+    """Seconds of one selection, as a CUDA graph or not."""
     copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
     generator = torch.Generator(device).manual_seed(0)
     logits = [
@@ -222,30 +222,43 @@ def measure_sampler(
         for _ in range(copies)
     ]
     arrays = SamplingArrays.build(case.requests, seed=np.arange(case.requests), num_candidates=case.candidates)
-    rows = np.arange(case.requests, dtype=np.int64)
-    seconds = seconds_per_call([partial(run, given, rows, arrays) for given in logits], device)
+    calls, captures = _captured(_selections(run, logits, arrays), device, capture)
+    seconds = seconds_per_call(calls, device)
     median = statistics.median(seconds)
     return {
         **asdict(case),
         "bytes": case.bytes,
         "seconds": spread(seconds),
+        "captured": captures,
         "bytes_per_second": case.bytes / median,
         "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
     }
+
+
+def _selections(run: Any, logits: Sequence[torch.Tensor], arrays: SamplingArrays) -> list[Call]:
+    """Of the kernel what a step's graph has: settings are on the device already."""
+    rows = np.arange(len(logits[0]), dtype=np.int64)
+    if run is reference.candidate_select:
+        return [partial(run, given, rows, arrays) for given in logits]
+    from vas_engine.kernels.candidate_select import pack_settings, select_packed, select_width
+
+    vocabulary = logits[0].shape[1]
+    settings = torch.from_numpy(pack_settings(rows, arrays, vocabulary)).to(logits[0].device)
+    return [partial(select_packed, given, settings, select_width(arrays, vocabulary)) for given in logits]
 
 
 def measure_reader(
     case: ReaderCase, _: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
 ) -> dict[str, Any]:
     """Seconds of a whole reader as one kernel, what prepares its input included, and of its parts, eager and compiled;
-    as CUDA graphs.
+    as CUDA graphs, or without the compiled ones as they are.
 
     Raises:
         ValueError: their values differ.
     """
-    from benchmarks.reader_step import ReaderStep, base_and_readers
+    from benchmarks.reader_step import ReaderStep, base_and_reader, compiled_reader
 
-    lm, network, compiled = base_and_readers(case.shape, device)
+    lm, network = base_and_reader(case.shape, device)
     step = ReaderStep(lm, network, [case.context] * case.requests, [case.rows] * case.requests)
     error = step.difference()
     if not error < 2e-2:
@@ -254,8 +267,10 @@ def measure_reader(
     seen = 2 * len(config.layers) * case.requests * case.context * kv_heads * config.head_dim
     assert network.embed_weight is not None  # read once, for the table
     moved = (network.num_parameters - network.embed_weight.numel() + seen) * lm.dtype.itemsize
-    ways: list[Call] = [step.whole, step.parts, partial(step.parts, compiled)]
-    graphs, captures = _captured(ways, device, capture)
+    ways: dict[str, Call] = {"whole": step.whole, "its parts": step.parts}
+    if capture:
+        ways["its parts compiled"] = partial(step.parts, compiled_reader(case.shape, device))
+    graphs, captures = _captured(list(ways.values()), device, capture)
     seconds, *apart = (seconds_per_call(way, device) for way in graphs)
     median = statistics.median(seconds)
     return {
@@ -268,7 +283,7 @@ def measure_reader(
         "difference": error,
         "peers": {
             name: {"seconds": spread(own), "times_faster": statistics.median(own) / median}
-            for name, own in zip(("its parts", "its parts compiled"), apart, strict=True)
+            for name, own in zip(list(ways)[1:], apart, strict=True)
         },
     }
 
@@ -286,12 +301,11 @@ def measure(
     attention: Sequence[AttentionCase],
     sampler: Sequence[SamplerCase],
     reader: Sequence[ReaderCase],
+    ceilings: Ceilings,
     budget: Budget,
     small: bool = False,
-) -> dict[str, Any]:
-    """Every case that there is time for; what was left out, or failed, says why."""
-    ceilings = measure_ceilings(device, large=not small)
-    results: list[dict[str, Any]] = []
+) -> Iterator[dict[str, Any]]:
+    """A row for every case; what there was no time for, or failed, says why."""
     several: tuple[Sequence[Any], ...] = (attention, sampler, reader)
     for name, cases in zip(KERNELS, several, strict=True):
         for case in cases:
@@ -305,8 +319,7 @@ def measure(
                     row |= {**asdict(case), "skipped": str(error)}
                 except Exception as error:  # of whatever sort: the other cases are to be measured
                     row |= {**asdict(case), "failed": f"{type(error).__name__}: {error}"}
-            results.append(row)
-    return {"ceilings": asdict(ceilings), "backend": backend, "results": results}
+            yield row
 
 
 def table(report: dict[str, Any]) -> str:
@@ -335,7 +348,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints a table, writes JSON; 1 if a kernel failed."""
+    """Measures, prints a table, writes JSON (after every row, so that being stopped loses little); 1 if any failed."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_kernels",
@@ -349,9 +362,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", default=record.RESULTS / "gpu_kernels.json")
     options = parser.parse_args(arguments)
     cases = SMALL if options.small else (ATTENTION, SAMPLER, READER)
-    device = torch.device(options.device)
-    report = measure(device, options.backend, *cases, Budget(options.seconds), options.small)
-    record.write(options.json, {**record.circumstances(), **report})
+    device, budget, circumstances = torch.device(options.device), Budget(options.seconds), record.circumstances()
+    ceilings = measure_ceilings(device, large=not options.small)
+    report: dict[str, Any] = {"ceilings": asdict(ceilings), "backend": options.backend, "results": []}
+    for row in measure(device, options.backend, *cases, ceilings, budget, options.small):
+        report["results"].append(row)
+        record.write(options.json, {**circumstances, **report})
     print(table(report))
     return int(any("failed" in row for row in report["results"]))
 

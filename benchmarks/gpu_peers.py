@@ -1,18 +1,18 @@
 """Decoding on a GPU by transformers alone: the paper's method as a logits processor, and its continuous batching.
 
-Both draw from the whole vocabulary at temperature 1 and take models that are loaded already. A call's time less that
-of a shorter one leaves the steps between.
+Both draw from the whole vocabulary at temperature 1 and take models that are loaded already. Only steps in which every
+request decodes are timed, by the moments their tokens come.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from benchmarks.peers import SharedCacheValueProcessor
 
@@ -22,8 +22,21 @@ PEERS = ("hf-guided", "hf-batch")
 PAGE, MOST_ROWS = 256, 2048
 """Tokens of a page of `generate_batch`'s cache (its default), and rows of its steps."""
 
-Call = Callable[[list[list[int]], int], int]
-"""Prompts of one length and a number of new tokens -> tokens made."""
+Call = Callable[[list[list[int]], int, int], float]
+"""Prompts of one length, steps to warm up, steps to time -> tokens per second."""
+
+
+class Clock(LogitsProcessor):
+    """When each step's logits were there, `moments`."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.is_cuda:
+            torch.cuda.synchronize(scores.device)
+        self.moments.append(time.perf_counter())
+        return scores
 
 
 def guided(model: Any, backbone: PreTrainedModel, candidates: int) -> Call:
@@ -35,21 +48,22 @@ def guided(model: Any, backbone: PreTrainedModel, candidates: int) -> Call:
     """
     head = nn.Linear(backbone.config.hidden_size, 1, device=model.device)
 
-    def call(prompts: list[list[int]], new_tokens: int) -> int:
+    def call(prompts: list[list[int]], warm: int, steps: int) -> float:
         ids = torch.tensor(prompts, device=model.device)
-        mask = torch.ones_like(ids)
+        mask, clock = torch.ones_like(ids), Clock()
         processor = SharedCacheValueProcessor(backbone, head, mask, num_candidates=candidates)
-        output = model.generate(
+        model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=new_tokens,
+            max_new_tokens=warm + steps + 1,
             do_sample=True,
             top_k=0,
             eos_token_id=None,
             pad_token_id=0,
-            logits_processor=LogitsProcessorList([processor]),
+            logits_processor=LogitsProcessorList([clock, processor]),
         )
-        return output[:, ids.shape[1] :].numel()
+        first, last = clock.moments[warm], clock.moments[warm + steps]
+        return len(prompts) * steps / (last - first)
 
     return call
 
@@ -59,34 +73,41 @@ def batched(model: Any) -> Call:
 
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    def call(prompts: list[list[int]], new_tokens: int) -> int:
+    def call(prompts: list[list[int]], warm: int, steps: int) -> float:
+        # The first requests decode while the last ones' prompts are taken in.
+        entering = -(-sum(map(len, prompts)) // MOST_ROWS)
+        new_tokens = entering + warm + steps + 1
         settings = GenerationConfig(
             max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, eos_token_id=-1, pad_token_id=0
         )
         # As many pages as this takes: by itself it would take all memory there is.
         pages = len(prompts) * (-(-(len(prompts[0]) + new_tokens) // PAGE) + 1)
-        cache = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=MOST_ROWS)
         found = model.generate_batch(
-            prompts, generation_config=settings, continuous_batching_config=cache, progress_bar=False
+            prompts,
+            generation_config=settings,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=MOST_ROWS),
+            record_timestamps=True,
+            progress_bar=False,
         )
-        return sum(len(output.generated_tokens) for output in found.values())
+        moments = [output.timestamps for output in found.values()]
+        return steady_rate(moments, len(prompts), warm)
 
     return call
 
 
-def rate(call: Call, prompts: list[list[int]], steps: int, warm: int) -> float:
-    """Tokens per second of `steps` steps behind the first `warm`.
+def steady_rate(moments: Sequence[Sequence[float]], requests: int, warm: int) -> float:
+    """Tokens per second while all requests decode, the first `warm` steps of that left out.
+
+    Args:
+        moments: when each token of each request came, seconds.
 
     Raises:
-        RuntimeError: it made another number of tokens.
+        RuntimeError: there is no such time, or requests are missing.
     """
-    seconds = []
-    for new_tokens in (warm, warm + steps):
-        start = time.perf_counter()
-        made = call(prompts, new_tokens)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        if made != len(prompts) * new_tokens:
-            raise RuntimeError(f"{made} tokens, not {len(prompts)} x {new_tokens}")
-    return len(prompts) * steps / max(seconds[1] - seconds[0], 1e-9)
+    if len(moments) != requests or not all(len(own) > warm + 1 for own in moments):
+        raise RuntimeError(f"tokens of {len(moments)} requests of {requests}: {[len(own) for own in moments]}")
+    first, last = max(own[warm] for own in moments), min(own[-1] for own in moments)
+    tokens = sum(first < moment <= last for own in moments for moment in own)
+    if first >= last:
+        raise RuntimeError("the first requests ended before the last ones decoded")
+    return tokens / (last - first)

@@ -20,19 +20,25 @@ from vas_engine.values.network import place_features
 
 
 @cache
-def base_and_readers(shape: str, device: torch.device) -> tuple[CausalLM, ValueNetwork, ValueNetwork]:
-    """The reader that goes with a shape, bound to a base of those layers that it looks at and no others; and the same
-    once more, compiled."""
+def base_and_reader(shape: str, device: torch.device) -> tuple[CausalLM, ValueNetwork]:
+    """The reader that goes with a shape, bound to a base of those layers that it looks at and no others."""
     config = network_config(MODELS[shape], "reader")
     looks = len(config.layers)
     base = dummy_model(replace(MODELS[shape], layers=looks), device, positions=2**14)
     lm = CausalLM.load(base, device=device)
     torch.manual_seed(1)
     config = config.replace(layers=range(looks), states=(looks // 2, looks))
-    eager, compiled = (ValueNetwork(config).requires_grad_(False).bind(lm) for _ in range(2))
-    compiled.load_state_dict(eager.state_dict())
+    return lm, ValueNetwork(config).requires_grad_(False).bind(lm)
+
+
+@cache
+def compiled_reader(shape: str, device: torch.device) -> ValueNetwork:
+    """That reader once more, through torch.compile."""
+    lm, reader = base_and_reader(shape, device)
+    compiled = ValueNetwork(reader.config).requires_grad_(False).bind(lm)
+    compiled.load_state_dict(reader.state_dict())
     compiled.compile()
-    return lm, eager, compiled
+    return compiled
 
 
 class ReaderStep:

@@ -600,6 +600,7 @@ def emulated(late: bool = True, processors: int = 4) -> Iterator[EmulatedDevice]
         "CUDAGraph": Graph,
         "graph": _capture,
         "_lazy_init": lambda: None,
+        "_sleep": lambda cycles: None,
     }
     _guard()
     lifts, converts = torch._C._only_lift_cpu_tensors(), torch.__future__.get_swap_module_params_on_conversion()

@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention_peers, gpu_check, gpu_clock, gpu_decode, gpu_kernels, record
+from benchmarks import (
+    attention_peers,
+    gpu_check,
+    gpu_clock,
+    gpu_decode,
+    gpu_kernels,
+    gpu_parity,
+    gpu_peers,
+    reader_step,
+    record,
+)
 from benchmarks.gpu_check import FAILED, NO_GPU, OK, PARTS, Part
 from vas_engine.engine.cost import SHAPES
 
@@ -29,6 +39,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
         "slow": Part(1, "", ("-c", "import time; print('begun', flush=True); time.sleep(60)")),
         "bare": Part(60, "", ("-c", ""), needs="a_module_nobody_has"),
         "wrapped": Part(60, "", ("-c", ""), wrapper=("a-program-nobody-has",)),
+        "refused": Part(60, "", ("-c", "print('not on this machine'); exit(9)"), ("env",), refusal="not on this"),
         "timed": Part(60, "", ("-c", "print('{seconds} {out}')"), counts=True),
         "quiet": Part(60, "", ("-c", "print('a line of no interest')")),
     }
@@ -74,6 +85,7 @@ def test_each_part_fails_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "slow": "FAILED",
         "bare": "skipped",
         "wrapped": "skipped",
+        "refused": "skipped",
         "timed": "ok",
         "quiet": "ok",
     }
@@ -201,8 +213,54 @@ def test_the_triton_kernels_fit_the_benchmark(tmp_path: Path) -> None:
     results = json.loads(out.read_text())["results"]
     assert all("seconds" in row for row in results)
     assert all(peer["times_faster"] > 0 for peer in results[-1]["peers"].values())
-    assert list(results[-1]["peers"]) == ["its parts", "its parts compiled"]
+    assert list(results[-1]["peers"]) == ["its parts"]
     assert "its parts" in done.stdout
+
+
+def test_a_compiled_reader_is_the_same_reader() -> None:
+    lm, network = reader_step.base_and_reader("tiny", CPU)
+    step = reader_step.ReaderStep(lm, network, [20, 3], [3, 2])
+    (plain, _), (compiled, _) = step.parts(), step.parts(reader_step.compiled_reader("tiny", CPU))
+    torch.testing.assert_close(compiled.values, plain.values)
+    assert plain.values.std() > 0
+
+
+def test_files_of_tests_run_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs and one that fails take nothing of the others along."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which take seconds to load
+    mark = "import pytest, time\n@pytest.mark.gpu\n"
+    texts = {
+        "good": "def test_a(): pass\n@pytest.mark.gpu\ndef test_b(): pass\n",
+        "bad": "def test_c(): assert 0\n",
+        "hangs": "def test_d(): time.sleep(600)\n",
+        "none": "def test_e(): pass\n",
+    }
+    files = []
+    for name, text in texts.items():
+        files.append(str(tmp_path / f"test_{name}.py"))
+        Path(files[-1]).write_text(text if name == "none" else mark + text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: of a GPU\n")
+    assert gpu_parity.main([*files, "--jobs", "4", "--seconds", "12"]) == FAILED
+    *_, last = capsys.readouterr().out.splitlines()
+    assert "2 passed" in last
+    assert "2 failed" in last
+    assert sorted(Path(file).name for file in last.rpartition("see ")[2].split(", ")) == [
+        "test_bad.py",
+        "test_hangs.py",
+    ]
+    assert gpu_parity.main([files[0], files[3]]) == OK
+
+
+def test_the_rate_of_steps_in_which_all_decode() -> None:
+    # Two requests, a token a second each; the second begins three seconds later.
+    moments = [[float(n) for n in range(10)], [float(n) for n in range(3, 13)]]
+    assert gpu_peers.steady_rate(moments, 2, warm=2) == pytest.approx(2.0)
+    with pytest.raises(RuntimeError, match="ended before"):
+        gpu_peers.steady_rate([moments[0], [20.0 + n for n in range(10)]], 2, warm=2)
+    with pytest.raises(RuntimeError, match="1 requests of 2"):
+        gpu_peers.steady_rate(moments[:1], 2, warm=2)
 
 
 def test_decoding_is_measured_beside_its_floor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
