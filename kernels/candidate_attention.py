@@ -325,63 +325,104 @@ def host_items(
     return table
 
 
-@triton.jit(do_not_specialize=["groups", "splits"])
+@triton.jit(do_not_specialize=["groups", "splits", "programs", "length"])
 def _plan(
-    offsets, items, groups, splits,
-    SHARE: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    offsets, prefix_lens, items, groups, splits, programs, length,
+    SHARE: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr, SHORTEST: tl.constexpr,
+    GROUPS: tl.constexpr, SPLITS: tl.constexpr, BALANCED: tl.constexpr,
 ):  # fmt: skip
-    """The items of one tile a program: tiles are numbered through the groups."""
-    tile, group = tl.program_id(0), tl.arange(0, GROUPS)
+    """The items of one tile a program: tiles are numbered through the groups. `length` is the table's."""
+    tile, group, some = tl.program_id(0), tl.arange(0, GROUPS), tl.arange(0, SPLITS)
     live = group < groups
-    rows = tl.load(offsets + group + 1, mask=live, other=0) - tl.load(offsets + group, mask=live, other=0)
+    end = tl.load(offsets + group + 1, mask=live, other=0)
+    rows = end - tl.load(offsets + group, mask=live, other=0)
     tiles = (rows * SHARE + PAIRS - 1) // PAIRS
+    if BALANCED:  # as `host_items`
+        longest = tl.load(prefix_lens + end - 1, mask=live & (rows > 0), other=0).to(tl.int64)
+        work = tl.sum(tiles * longest, 0) * KV_HEADS
+        piece = tl.maximum((work + programs - 1) // programs, SHORTEST)
+        each = tl.minimum(tl.maximum(longest // piece, 1), SPLITS).to(tl.int32)
+    else:
+        each = tl.zeros_like(tiles) + splits
+    counts = tiles * each
     mine = tl.sum((live & (tl.cumsum(tiles, 0) <= tile)).to(tl.int32), 0)
-    first = (tile - tl.sum(tl.where(group < mine, tiles, 0), 0)) * PAIRS
-    split = tl.arange(0, SPLITS)
-    inside = split < splits
-    item = items + (tile * splits + split) * 4
-    tl.store(item, tl.where(mine < groups, mine, -1), mask=inside)
-    tl.store(item + 1, first, mask=inside)
-    tl.store(item + 2, split, mask=inside)
-    tl.store(item + 3, splits, mask=inside)
+    before = group < mine
+    place, own = tile - tl.sum(tl.where(before, tiles, 0), 0), tl.sum(tl.where(group == mine, each, 0), 0)
+    inside = (some < own) & (mine < groups)
+    item = items + (tl.sum(tl.where(before, counts, 0), 0) + place * own + some) * 4
+    tl.store(item, mine, mask=inside)
+    tl.store(item + 1, place * PAIRS, mask=inside)
+    tl.store(item + 2, some, mask=inside)
+    tl.store(item + 3, own, mask=inside)
+    # Nothing is to be done by the rest of the table, which the programs share.
+    for start in range(tl.sum(counts, 0) + tile * SPLITS, length, tl.num_programs(0) * SPLITS):
+        tl.store(items + (start + some) * 4, -1, mask=start + some < length)
 
 
-def device_items(group_offsets: Tensor, rows: int, share: int, pairs: int, splits: int) -> Tensor:
-    """Items worked out on the device, where the host knows shapes only: every tile has as many splits.
+def device_items(
+    group_offsets: Tensor,
+    rows: int,
+    share: int,
+    pairs: int,
+    splits: int = 0,
+    *,
+    prefix_lens: Tensor | None = None,
+    kv_heads: int = 1,
+    programs: int = 1,
+) -> Tensor:
+    """Items worked out on the device, where the host knows shapes only.
 
     One launch; nothing is read back and every shape follows from the arguments' shapes, so a CUDA graph can hold this.
     Items that turn out not to be needed have group -1.
 
     Args:
-        group_offsets: int32 [G + 1], G at least 1. rows: R.
+        group_offsets: int32 [G + 1], G at least 1. rows: R. share, pairs, kv_heads, programs: as of `host_items`.
+        splits: of every tile; 0 splits as `host_items` does, by the prefixes.
+        prefix_lens: int32 [R], for that; the last row of a group speaks for all.
 
     Returns:
         int32 [W, 4], see `Items`.
     """
     groups = len(group_offsets) - 1
     tiles = min(rows, groups) + rows * share // pairs
-    items = group_offsets.new_empty(tiles * splits, 4)
+    # Pieces are so long that splitting adds one for each program at most.
+    length = tiles * splits if splits else tiles + programs // kv_heads
+    items = group_offsets.new_empty(length if tiles else 0, 4)
     if tiles:
         _plan[(tiles,)](
-            group_offsets, items, groups, splits,
-            SHARE=share, PAIRS=pairs, GROUPS=triton.next_power_of_2(groups), SPLITS=triton.next_power_of_2(splits),
-            num_warps=1,
+            group_offsets, group_offsets if prefix_lens is None else prefix_lens, items,
+            groups, splits, programs, length,
+            SHARE=share, KV_HEADS=kv_heads, PAIRS=pairs, SHORTEST=SHORTEST_SPLIT, GROUPS=triton.next_power_of_2(groups),
+            SPLITS=triton.next_power_of_2(splits) if splits else MAX_SPLITS, BALANCED=splits == 0, num_warps=1,
         )  # fmt: skip
     return items
 
 
-def plan(q: Tensor, k_pages: Tensor, block_tables: Tensor, group_offsets: Tensor, splits: int | None = None) -> Items:
-    """Items of all groups from shapes alone; `splits` of each prefix (left out: as many as fill the device)."""
+def plan(
+    q: Tensor,
+    k_pages: Tensor,
+    block_tables: Tensor,
+    group_offsets: Tensor,
+    prefix_lens: Tensor,
+    splits: int | None = None,
+) -> Items:
+    """Items of all groups from shapes alone; `splits` of each prefix (left out: by their lengths, to fill the device).
+
+    Args:
+        prefix_lens: int32 [R], as of `candidate_attention`; the last row of a group speaks for all.
+    """
     rows, heads, head_dim = q.shape
     block_size, kv_heads = k_pages.shape[1:3]
     groups, share = len(block_tables), heads // kv_heads
     launch = configuration(-(-rows // max(groups, 1)) * share, head_dim, is_wide(q.dtype, k_pages.dtype))
-    if splits is None:
-        tiles = min(rows, groups) + rows * share // launch.pairs
-        wanted = processors(q.device) * PROGRAMS_PER_PROCESSOR // max(1, tiles * kv_heads)
-        splits = min(wanted, block_tables.shape[1] * block_size // SHORTEST_SPLIT)
-    splits = min(max(1, splits), MAX_SPLITS)
-    return Items(device_items(group_offsets, rows, share, launch.pairs, splits), launch, splits > 1)
+    programs = processors(q.device) * PROGRAMS_PER_PROCESSOR
+    if block_tables.shape[1] * block_size < 2 * SHORTEST_SPLIT or programs < kv_heads:
+        splits = splits or 1  # nothing to split, or nobody to split it for
+    table = device_items(
+        group_offsets, rows, share, launch.pairs, min(splits or 0, MAX_SPLITS),
+        prefix_lens=prefix_lens, kv_heads=kv_heads, programs=programs,
+    )  # fmt: skip
+    return Items(table, launch, splits is None or splits > 1)
 
 
 def candidate_attention(
@@ -432,7 +473,7 @@ def candidate_attention(
     if out.numel() == 0:
         return out
     if items is None:
-        items = plan(q, k_pages, block_tables, group_offsets)
+        items = plan(q, k_pages, block_tables, group_offsets, prefix_lens)
     work = len(items.table)
     if work == 0:
         return out
@@ -542,9 +583,11 @@ def variants() -> list[Variant]:
     for plain, dtype in ((True, "bf16"), (False, "bf16"), (True, "fp32")):
         launch = configuration(16, 128, dtype == "fp32")
         listed += attention_variants("candidate_attention", launch, 128, dtype, True, plain, writes=True)
-    numbers = {"offsets": "*i32", "items": "*i32", "groups": "i32", "splits": "i32"}
-    for groups, splits in ((1, 1), (64, 4), (256, MAX_SPLITS)):
-        shape = {"SHARE": 4, "PAIRS": 64, "GROUPS": groups, "SPLITS": splits}
+    numbers = dict.fromkeys(("offsets", "prefix_lens", "items"), "*i32")
+    numbers |= dict.fromkeys(("groups", "splits", "programs", "length"), "i32")
+    for groups, splits, balanced in ((1, 1, False), (64, MAX_SPLITS, True), (256, MAX_SPLITS, True)):
+        shape = {"SHARE": 4, "KV_HEADS": 8, "PAIRS": 64, "SHORTEST": SHORTEST_SPLIT, "GROUPS": groups}
+        shape |= {"SPLITS": splits, "BALANCED": balanced}
         listed.append(Variant(f"plan {groups}x{splits}", _plan, numbers, shape, 1, 3, ("offsets", "items")))
     signature = {"offsets": "*i32", "items": "*i32", "out": "*bf16", "partial": "*fp32", "stats": "*fp32"}
     aligned = tuple(signature)

@@ -57,7 +57,7 @@ def compare(case: Case, own: bool, splits: int | None = None, **how) -> Items:
     wide = [tensor.float() if tensor is not None and tensor.is_floating_point() else tensor for tensor in extra]
     wanted = reference.candidate_attention(case.q.float(), *(p.float() for p in pages), *layout, *wide, **how)
     out = torch.full(case.q.shape, float("nan"), dtype=case.q.dtype, device=DEVICE)
-    items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
+    items = plan(case.q, case.k_pages, case.tables, case.offsets, case.prefixes, splits)
     assert candidate_attention(case.q, *pages, *layout, *extra, **how, items=items, out=out) is out
     check(out.cpu(), wanted.double().cpu(), case.q.dtype)
     return items
@@ -78,7 +78,7 @@ def compare_alone(case: Case, splits: int | None = None, **how) -> None:
     wide = [tensor.float() for tensor in (case.q, *expected, case.k, case.v)]
     wanted = reference.candidate_attention(*wide[:3], *layout, *wide[3:], **how, slots=slots)
     reference.write_pages(case.k, case.v, *expected, slots)
-    items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
+    items = plan(case.q, case.k_pages, case.tables, case.offsets, case.prefixes, splits)
     got = candidate_attention(case.q, *pages, *layout, case.k, case.v, **how, slots=slots, items=items)
     check(got.cpu(), wanted.double().cpu(), case.q.dtype)
     for one, other in zip(pages, expected, strict=True):
@@ -195,7 +195,7 @@ def test_not_finite_rows_stay_not_finite_and_alone():
     clean = candidate_attention(case.q, *layout, scale=0.3)
     case.q[1, 2, 3] = float("nan")
     for splits in (1, 2):
-        items = plan(case.q, case.k_pages, case.tables, case.offsets, splits)
+        items = plan(case.q, case.k_pages, case.tables, case.offsets, case.prefixes, splits)
         got = candidate_attention(case.q, *layout, scale=0.3, items=items)
         assert got[1, 2].isnan().all()
         got[1, 2] = clean[1, 2]
@@ -256,6 +256,9 @@ def test_items_cover_every_pair_once(counts, lengths, share, programs):
     host = host_items(groups, some, prefix[groups], share, 2, pairs, programs)
     device = device_items(offsets, sum(counts), share, pairs, 3).numpy()
     assert host.dtype == device.dtype == np.int32
+    seen = torch.from_numpy(np.repeat(prefix, counts).astype(np.int32))
+    balanced = device_items(offsets, sum(counts), share, pairs, prefix_lens=seen, kv_heads=2, programs=programs).numpy()
+    assert balanced[balanced[:, 0] >= 0].tolist() == host.tolist()
     for table in (host, device[device[:, 0] >= 0]):
         expected = []
         for group in groups:

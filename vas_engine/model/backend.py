@@ -228,7 +228,7 @@ class TritonLayer:
         key = ("triton", *shape)
         if key not in plans:
             if host is None:
-                items = self.decode.plan(q, self.k_pages, batch.block_tables, batch.group_offsets)
+                items = self.decode.plan(q, self.k_pages, batch.block_tables, batch.group_offsets, batch.prefix_lens)
                 plans[key] = (items, None)
             else:
                 plans[key] = self._plan_on_host(q, own, host, batch.block_tables)
