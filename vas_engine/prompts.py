@@ -14,9 +14,28 @@ _FORMS = "a text, a list of token ids, {'prompt': text} or {'prompt_token_ids': 
 _KEYS = ("prompt", "prompt_token_ids")
 
 
+class ChatPrompt(str):
+    """The text of a prompt that was a conversation: what the model read, with the messages it came from.
+
+    Attributes:
+        messages: ``[{"role": ..., "content": ...}, ...]``.
+    """
+
+    messages: list[dict[str, str]]
+
+    def __new__(cls, text: str, messages: list[dict[str, str]]) -> ChatPrompt:
+        prompt = super().__new__(cls, text)
+        prompt.messages = messages
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, list[dict[str, str]]]:  # type: ignore[override]
+        # For pickling: str's own would leave the messages out.
+        return str(self), self.messages
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as it was given: text, token ids, or ids with the text they came from."""
+    """A prompt as it was given: text (a `ChatPrompt` of a conversation), token ids, or ids with their text."""
 
     text: str | None = None
     token_ids: list[int] | None = None
@@ -49,13 +68,18 @@ def read_prompts(prompts: Any) -> list[Prompt]:
         InvalidArgumentError: something that is no prompt, named by its place in the list.
     """
     if isinstance(prompts, str | Mapping | Prompt) or _are_ids(prompts):
-        return [_read(prompts, "prompts")]
+        return [read_prompt(prompts, "prompts")]
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes):
-        return [_read(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
+        return [read_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
     raise InvalidArgumentError("prompts", prompts, f"must be {_FORMS}, or a list of these")
 
 
-def _read(prompt: Any, where: str) -> Prompt:
+def read_prompt(prompt: Any, where: str = "prompt") -> Prompt:
+    """One prompt in any of its forms.
+
+    Raises:
+        InvalidArgumentError: something that is no prompt, called `where`.
+    """
     if isinstance(prompt, Prompt):
         return prompt
     if isinstance(prompt, str):

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.prompts import Prompt
+from vas_engine.prompts import ChatPrompt, Prompt, read_prompt
 
 
 def load_tokenizer(model: Any, tokenizer: Any, revision: str | None, required: bool) -> Any | None:
@@ -59,6 +59,25 @@ def render_chat(tokenizer: Any | None, messages: Any, **options: Any) -> Prompt:
         raise InvalidArgumentError("messages", messages, f"the chat template refuses them: {error}") from error
     # The template writes the special tokens itself.
     return Prompt(text, list(tokenizer.encode(text, add_special_tokens=False)))
+
+
+def as_prompt(tokenizer: Any | None, prompt: Any, where: str = "prompt") -> Prompt:
+    """One prompt in any of its forms, a conversation among them: for all who sample from a list of prompts.
+
+    Args:
+        prompt: a form that `read_prompts` takes, or ``[{"role": ..., "content": ...}, ...]``, in which an assistant's
+            turn is opened, or the last one continued if it is the assistant's. Its text is a `ChatPrompt`.
+        where: name of the prompt in errors.
+
+    Raises:
+        InvalidArgumentError: something that is no prompt, or a conversation that cannot be rendered.
+    """
+    if not (isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict)):
+        return read_prompt(prompt, where)
+    goes_on = prompt[-1].get("role") == "assistant"
+    option = "continue_final_message" if goes_on else "add_generation_prompt"
+    read = render_chat(tokenizer, prompt, **{option: True})
+    return Prompt(ChatPrompt(read.text or "", list(prompt)), read.token_ids)
 
 
 def _first_line(error: Exception) -> str:

@@ -145,6 +145,25 @@ def test_collected_samples_are_a_pool(folders, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_conversations_are_what_collecting_made_of_them(folders, tmp_path, capsys, monkeypatch):
+    """The assistant's turn is opened or continued, and rewards see the messages."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}d{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    word_model().save_pretrained(tmp_path / "model")
+    question = {"role": "user", "content": "a b"}
+    chats = [[question], [question, {"role": "assistant", "content": "c"}]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in chats))
+    (tmp_path / "turns.py").write_text("def count(prompt, response):\n    return len(prompt.messages)\n")
+    monkeypatch.chdir(tmp_path)
+    common = f"{tmp_path}/model --prompts chats.jsonl --reward turns:count --max-tokens 3 --samples 4".split()
+    assert main(["collect", *common, "--out", "run"]) == OK
+    assert main(["evaluate", *common, "--rollouts", "run", "--pool", "4", "--best-of", "2", "--out", "out"]) == OK
+    capsys.readouterr()
+
+
 def test_bad_arguments_are_named_before_any_work(folders, tmp_path, capsys):
     value = ["--value", f"characters={folders}/characters"]
     (tmp_path / "full").mkdir()

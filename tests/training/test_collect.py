@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.llm import LLM
 from vas_engine.params import SamplingParams
 from vas_engine.training import collect as collecting
+from vas_engine.training.branching import sample_branches
 from vas_engine.training.collect import CollectConfig, collect
-from vas_engine.training.fit import head_for
+from vas_engine.training.fit import FitConfig, head_for
 from vas_engine.training.network import make_network
 from vas_engine.training.rewards import FunctionReward, load_rewards, score
 from vas_engine.training.rollouts import load_rollouts, load_states
@@ -212,13 +214,21 @@ def test_conversations_open_the_turn_of_the_assistant(llm, tmp_path):
     ]
     llm.tokenizer.chat_template = template
     try:
-        config = CollectConfig(samples=1, max_tokens=2)
+        config = CollectConfig(samples=2, max_tokens=2)
         found = collect(llm, chats, [FunctionReward("j", judge)], tmp_path / "run", config, use_tqdm=False)
     finally:
         llm.tokenizer.chat_template = None
-    assert [row.prompt for row in found] == ["user the dog assistant ", "user the dog assistant the cat"]
+    texts = ["user the dog assistant ", "user the dog assistant the cat"]
+    assert [row.prompt for row in found] == [text for text in texts for _ in range(2)]
     assert sorted(map(str, seen)) == sorted(row.prompt for row in found)
+    chats = [chat for chat in chats for _ in range(2)]
     assert sorted((prompt.messages for prompt in seen), key=len) == chats
+    for rows in (found, load_rollouts(tmp_path / "run"), pickle.loads(pickle.dumps(found))):
+        assert [row.prompt.messages for row in rows] == chats
+    seen.clear()
+    config = FitConfig(holdout=0.75, holdout_by="sample")
+    sample_branches(llm, found, [FunctionReward("j", judge)], 3, 2, config, use_tqdm=False)
+    assert {len(prompt.messages) for prompt in seen} == {1, 2}
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) 
     from vas_engine.evaluation.methods import METHODS, steered_rewards, with_logs
     from vas_engine.evaluation.report import Evaluation
     from vas_engine.params import SamplingParams
+    from vas_engine.tokenizer import as_prompt
     from vas_engine.training.rollouts import load_rollouts
 
     for name in args.method:
@@ -130,7 +131,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) 
     combinations = _combinations(args.grid or [], names, steered)
     contest = Contest(
         llm,
-        [llm.render_chat(prompt) if isinstance(prompt, list) else prompt for prompt in prompts],
+        [as_prompt(llm.tokenizer, prompt) for prompt in prompts],
         rewards,
         SamplingParams(max_tokens=args.max_tokens, num_candidates=min(CANDIDATES, llm.lm.vocab_size)),
         samples=args.samples,

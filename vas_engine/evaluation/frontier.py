@@ -107,7 +107,7 @@ class Contest:
 
     Args:
         llm: with the values that settings name.
-        prompts: texts, or conversations that `LLM.render_chat` rendered.
+        prompts: texts, or prompts as `LLM.render_chat` and `as_prompt` give them.
         rewards: of different names.
         base: plain decoding: max_tokens and whatever all methods share.
         samples: responses per prompt of every method but the base.

@@ -157,7 +157,7 @@ def run(
     Time and rows of the base model are the batch's, split by tokens: for the speed of one setting run it alone.
 
     Args:
-        prompts: texts, or prompts as `LLM.render_chat` gives them.
+        prompts: texts, or prompts as `LLM.render_chat` and `as_prompt` give them.
         settings: how to decode; ``n`` and ``seed`` are set here, so that runs of one ``seed`` share their noise.
         samples: responses per prompt and setting.
         kl: measure the divergence too, which keeps pruning from skipping candidates: for a speed, leave it out.

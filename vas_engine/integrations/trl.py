@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError, TrainingDataError, VASError, nearest
 from vas_engine.model.lm import CausalLM
-from vas_engine.tokenizer import load_tokenizer, render_chat
+from vas_engine.tokenizer import as_prompt, load_tokenizer
 from vas_engine.training.rollouts import REWARD_PREFIX, Rollout, Rollouts
 from vas_engine.values.artifact import load_value
 
@@ -155,7 +155,7 @@ class ValueReward:
             end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id in ends else sorted(ends)[:1]
             completion_ids = [[*self._tokens(_text(completion)), *end] for completion in completions]
         rows = [
-            torch.tensor([*self._prompt(prompt), *tokens])
+            torch.tensor([*as_prompt(self.tokenizer, prompt).encode(self.tokenizer), *tokens])
             for prompt, tokens in zip(prompts, completion_ids, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
@@ -174,11 +174,6 @@ class ValueReward:
         output = self.value.train_values(self.lm, tokens, lengths)
         last = output[torch.arange(len(rows), device=output.device), lengths - 1]
         return self.value.heads.mean(last)[:, self.column].tolist()
-
-    def _prompt(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True).token_ids or []
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -25,9 +25,9 @@ from vas_engine.interrupt import deferred_interrupt
 from vas_engine.model.fingerprint import weights_hash
 from vas_engine.outputs import CompletionOutput, RequestOutput
 from vas_engine.params import SamplingParams
-from vas_engine.prompts import read_prompts
 from vas_engine.sampling.noise import fork_seed
-from vas_engine.training.rewards import ChatPrompt, Reward, RewardError, score_all
+from vas_engine.tokenizer import as_prompt
+from vas_engine.training.rewards import Reward, RewardError, score_all
 from vas_engine.training.rewards.score import BATCH_SIZE
 from vas_engine.training.rollouts import Header, Rollout, Rollouts, RolloutWriter, load_rollouts
 
@@ -272,7 +272,7 @@ class Job:
                 partial[owner][name].append(column[text])
         return [
             Rollout(
-                prompt=str(prompts[place]),
+                prompt=prompts[place],
                 response=completion.text,
                 prompt_ids=self.prompts[prompt][1],
                 response_ids=list(completion.token_ids),
@@ -432,12 +432,7 @@ class _Progress:
 def encode_prompt(llm: LLM, prompt: Any, index: int) -> tuple[str, list[int]]:
     """Text and ids of a prompt, checked before anything is sampled."""
     where = f"prompts[{index}]"
-    chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-    if chat:
-        goes_on = prompt[-1].get("role") == "assistant"
-        read = llm.render_chat(prompt, **{"continue_final_message" if goes_on else "add_generation_prompt": True})
-    else:
-        read = read_prompts([prompt])[0]
+    read = as_prompt(llm.tokenizer, prompt, where)
     ids = read.encode(llm.tokenizer)
     if not 0 < len(ids) < llm.max_model_len:
         fix = f"give 1 to {llm.max_model_len - 1} tokens, to leave room for a response"
@@ -445,4 +440,4 @@ def encode_prompt(llm: LLM, prompt: Any, index: int) -> tuple[str, list[int]]:
     text = read.text
     if text is None:
         text = llm.tokenizer.decode(ids, skip_special_tokens=True) if llm.tokenizer else ""
-    return ChatPrompt(text, prompt) if chat else text, ids
+    return text, ids

@@ -3,7 +3,8 @@
     index.json               header, plan and the shards done so far
     shard-00000.parquet      prompt, response, prompt_ids, response_ids, finish_reason, seed, prompt_index,
                              reward.NAME; partial.NAME, rewards of its beginnings, on request; log_ratio and
-                             log_ratios where values guided the sampling
+                             log_ratios where values guided the sampling; messages, as JSON, where a prompt was
+                             a conversation
     shard-00000.safetensors  on request: ``states`` [rows, width] and ``offsets`` [responses + 1]
 
 A shard exists for the reader once the index names it. Every file is written beside its place and renamed, the
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError, nearest
+from vas_engine.prompts import ChatPrompt
 
 __all__ = ["Header", "Rollout", "RolloutWriter", "Rollouts", "load_rollouts"]
 
@@ -40,6 +42,7 @@ class Rollout:
     """One response sampled from the frozen model, or from a policy that values guide.
 
     Attributes:
+        prompt: its text; a `ChatPrompt` where it was a conversation.
         response_ids: tokens after the prompt, the one that ended it (EOS or a stop token) included.
         finish_reason: ``"stop"``, or ``"length"`` where the token limit cut it; its rewards are then those of
             the text as it was cut.
@@ -240,6 +243,9 @@ def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
     if header.policy:
         columns["log_ratio"] = pa.array([r.log_ratio for r in rollouts], pa.float64())
         columns["log_ratios"] = pa.array([r.log_ratios for r in rollouts], pa.list_(pa.float32()))
+    if any(isinstance(r.prompt, ChatPrompt) for r in rollouts):
+        chats = [json.dumps(r.prompt.messages) if isinstance(r.prompt, ChatPrompt) else None for r in rollouts]
+        columns["messages"] = pa.array(chats, pa.string())
     metadata = {METADATA_KEY: json.dumps(asdict(header), ensure_ascii=False).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
 
@@ -251,14 +257,16 @@ def _read_shard(path: Path, header: Header) -> list[Rollout]:
     try:
         rows = parquet.read_table(path).to_pylist()
         return [_to_rollout(row, header) for row in rows]
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         fix = "delete it and collect again; finished shards are kept"
         raise TrainingDataError(f"cannot read {path} ({type(error).__name__}: {error}): {fix}") from error
 
 
 def _to_rollout(row: dict[str, Any], header: Header) -> Rollout:
     rewards = {name: row.pop(REWARD_PREFIX + name) for name in header.rewards}
-    partial = None
+    messages, partial = row.pop("messages", None), None
+    if messages is not None:
+        row["prompt"] = ChatPrompt(row["prompt"], json.loads(messages))
     if header.part_tokens:
         partial = {name: row.pop(PARTIAL_PREFIX + name) for name in header.rewards}
     return Rollout(rewards=rewards, partial_rewards=partial, **row)

@@ -19,6 +19,7 @@ from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError, VASError
 from vas_engine.llm import LLM
 from vas_engine.params import SamplingParams
+from vas_engine.tokenizer import as_prompt
 from vas_engine.training.collect import CollectConfig, Job, encode_prompt, sample_shards
 from vas_engine.training.rewards import RewardProcess
 from vas_engine.training.rewards.score import BATCH_SIZE
@@ -270,6 +271,4 @@ class _Generator:
         return batch
 
     def _prompt(self, row: dict[str, Any]) -> Any:
-        if "messages" in row:
-            return self._llm.render_chat(row["messages"], add_generation_prompt=True)
-        return row["prompt"]
+        return as_prompt(self._llm.tokenizer, row["messages"] if "messages" in row else row["prompt"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from vas_engine.errors import TrainingDataError
+from vas_engine.prompts import ChatPrompt
 
 __all__ = ["Bounds", "ChatPrompt", "FunctionReward", "Reward", "RewardError", "WholeTextReward"]
 
@@ -36,21 +37,6 @@ class Reward(Protocol):
         A reward judges each response by itself: what stands beside it in the batch must not matter.
         """
         ...
-
-
-class ChatPrompt(str):
-    """The text of a prompt that was a conversation: what the model read, with the messages it came from.
-
-    Attributes:
-        messages: ``[{"role": ..., "content": ...}, ...]``.
-    """
-
-    messages: list[dict[str, str]]
-
-    def __new__(cls, text: str, messages: list[dict[str, str]]) -> ChatPrompt:
-        prompt = super().__new__(cls, text)
-        prompt.messages = messages
-        return prompt
 
 
 class RewardError(TrainingDataError):
