@@ -7,7 +7,7 @@ from vas_engine.training.branching import explainable, judge_branches, load_roll
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
-from vas_engine.training.rewards import FunctionReward, load_rewards
+from vas_engine.training.rewards import FunctionReward, load_rewards, score
 
 
 def test_noise_is_taken_out():
@@ -86,6 +86,17 @@ def test_rewards_see_whole_responses(llm, rollouts):
             # The tokenizer joins words, of at most five letters.
             assert len(response) <= 5 * (len(begun) + length)
     assert len(seen) == 36
+
+
+def test_whole_texts_are_rewarded_again(llm, tmp_path):
+    """Also where no reward of the list is a plain one."""
+    rewards = load_rewards(["twice=length * 2", "both=ensemble:mean(length, characters)"], whole_text=True)
+    config = CollectConfig(samples=2, max_tokens=4)
+    found = load_rollout_rewards(collect(llm, ["good dog"], rewards, tmp_path / "run", config, use_tqdm=False))
+    for reward, again in zip(rewards, found, strict=True):
+        assert score(again, ["good dog"], ["ran"]) == score(reward, ["good dog"], ["ran"])
+        assert score(again, ["good dog"], ["ran"]) > score(again, [""], ["ran"])
+        assert again.spec == reward.spec
 
 
 @pytest.mark.parametrize(("points", "samples", "said"), [(2, 1, "branch_samples"), (10**6, 4, "branch_points")])

@@ -22,6 +22,7 @@ from vas_engine.training.config import FitConfig
 from vas_engine.training.heldout import position_bins
 from vas_engine.training.report import BranchReport, FitReport, PositionBin
 from vas_engine.training.rewards import Reward, load_rewards, score
+from vas_engine.training.rewards.reward import WHOLE_TEXT
 from vas_engine.training.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SampledBranches", "explainable", "judge_branches", "load_rollout_rewards", "sample_branches"]
 
-WHOLE_TEXT = " (prompt and response)"
 POSITION_BINS = 4
 
 

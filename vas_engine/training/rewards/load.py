@@ -13,7 +13,7 @@ from typing import Any
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.training.rewards.ensemble import READINGS, EnsembleReward
 from vas_engine.training.rewards.expression import Expression, ExpressionReward
-from vas_engine.training.rewards.reward import FunctionReward, Reward, WholeTextReward
+from vas_engine.training.rewards.reward import WHOLE_TEXT, FunctionReward, Reward, WholeTextReward
 from vas_engine.training.text_statistics import STATISTICS
 
 __all__ = ["load_reward", "load_rewards"]
@@ -102,7 +102,11 @@ class _Loader:
         return self.loaded[name]
 
     def _build(self, body: str, name: str | None) -> Reward:
-        reward = self._composed(body) or self._leaf(body)
+        reward = self._composed(body)
+        if reward is None:
+            reward = self._leaf(body)
+        elif self.whole_text:
+            reward.spec += WHOLE_TEXT
         reward.name = name or _clean(reward.name)
         return reward
 

@@ -9,10 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 from vas_engine.errors import TrainingDataError
 from vas_engine.prompts import ChatPrompt
 
-__all__ = ["Bounds", "ChatPrompt", "FunctionReward", "Reward", "RewardError", "WholeTextReward"]
+__all__ = ["WHOLE_TEXT", "Bounds", "ChatPrompt", "FunctionReward", "Reward", "RewardError", "WholeTextReward"]
 
 Bounds = tuple[float, float] | None
 """``(low, high)`` that a reward cannot leave, or None when none is known."""
+
+WHOLE_TEXT = " (prompt and response)"
+"""Ends the description of a reward that was loaded with ``whole_text``."""
 
 
 @runtime_checkable
@@ -90,7 +93,7 @@ class WholeTextReward:
 
     def __post_init__(self) -> None:
         self.name, self.bounds = self.inner.name, self.inner.bounds
-        self.spec = f"{self.inner.spec} (prompt and response)"
+        self.spec = self.inner.spec + WHOLE_TEXT
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
         return self.inner(prompts, [p + r for p, r in zip(prompts, responses, strict=True)])
