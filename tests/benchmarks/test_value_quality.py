@@ -22,7 +22,7 @@ def test_runs_have_names_and_folders_of_their_own_and_teachers_that_come_first(t
 
 @pytest.mark.parametrize("part", [40, 400, 800])
 def test_values_are_judged_on_what_none_has_learnt_from(part):
-    rows = [Rollout("", "", [1], [2], "stop", 0, index // 100, {"x": 0.0}) for index in range(100 * len(OPENINGS))]
+    rows = [Rollout("", "", [i // 100], [2], "stop", 0, i // 100, {"x": 0.0}) for i in range(100 * len(OPENINGS))]
     rollouts = Rollouts(Header({}, {}, {"x": {}}), rows)
     own = range(0, 800, 800 // part)
     found = unseen(rollouts, own)

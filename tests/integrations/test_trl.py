@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,9 @@ def test_datasets(rollouts) -> None:
     pairs = to_dataset(rollouts, "preference", "kind").to_list()
     scores = {"score_chosen": 2.0, "score_rejected": -1.0}
     assert pairs == [{"prompt": prompt, "chosen": "aaa", "rejected": "bbbb", **scores} for prompt in PROMPTS]
+    # A prompt that stands twice in the list is one.
+    doubled = Rollouts(rollouts.header, [replace(row, prompt_index=i) for i, row in enumerate(rollouts)])
+    assert to_dataset(doubled, "preference", "kind").to_list() == pairs
     # The first prompt's samples are all worth the same.
     assert [pair["prompt"] for pair in to_dataset(rollouts, "preference", "flat")] == PROMPTS[1:]
     rows = to_dataset(rollouts, "prompt-completion")

@@ -84,7 +84,10 @@ def test_credit_that_comes_late_is_drift(lm, solution, rollouts):
 
 def test_one_response_to_a_prompt_says_nothing(lm, solution):
     few = sample(lm, solution, 40)
-    alone = few.__class__(few.header, [r.__class__(**{**r.__dict__, "prompt_index": i}) for i, r in enumerate(few)])
+    alone = few.__class__(
+        few.header,
+        [r.__class__(**{**r.__dict__, "prompt_ids": [i // 36, i // 6 % 6, i % 6]}) for i, r in enumerate(few)],
+    )
     rewards = alone.rewards(["points"])
     judge = Advantages(alone, rewards)
     base = FrozenBase(lm, [])

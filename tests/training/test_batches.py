@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from vas_engine.training.rollouts import Header, Rollout, Rollouts
 
 
 def rollouts(sizes: list[tuple[int, int]], prompts: int = 3) -> Rollouts:
+    """Of prompts that differ in their last token."""
     rows = [
-        Rollout("", "", [1] * p, [2] * r, "stop", 0, index % prompts, {"x": float(index)})
+        Rollout("", "", [1] * (p - 1) + [index % prompts], [2] * r, "stop", 0, index % prompts, {"x": float(index)})
         for index, (p, r) in enumerate(sizes)
     ]
     return Rollouts(Header({}, {}, {"x": {}}), rows)
@@ -17,7 +20,7 @@ def rollouts(sizes: list[tuple[int, int]], prompts: int = 3) -> Rollouts:
 def test_batch_marks_the_states_that_are_valued():
     data = rollouts([(2, 4), (3, 0), (1, 5)])
     batch = make_batch(data, [0, 1, 2], data.rewards(["x"]), torch.device("cpu"))
-    assert batch.token_ids.tolist() == [[1, 1, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0], [1, 2, 2, 2, 2, 2]]
+    assert batch.token_ids.tolist() == [[1, 0, 2, 2, 2, 2], [1, 1, 1, 0, 0, 0], [2, 2, 2, 2, 2, 2]]
     # From the prompt's last token to the response's last: its EOS has a target too.
     assert batch.mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
     # Of 4 tokens the state after all 4; of 5 the states after 4 and 5 (more than 3.75).
@@ -57,6 +60,13 @@ def test_split_by_prompt_and_by_sample():
     assert split(rollouts([(1, 1)] * 200, prompts=100), 0.2, "auto", 0)[2] == "prompt"
     assert split(data, 0.2, "sample", 0) == split(data, 0.2, "sample", 0)
     assert split(data, 0.2, "sample", 0) != split(data, 0.2, "sample", 1)
+
+
+def test_a_prompt_that_stands_twice_in_the_list_is_one():
+    data = rollouts([(1, 1)] * 200, prompts=20)
+    twice = Rollouts(data.header, [replace(row, prompt_index=index) for index, row in enumerate(data)])
+    assert split(twice, 0.2, "prompt", 0) == split(data, 0.2, "prompt", 0)
+    assert twice.prompt_groups == [index % 20 for index in range(200)]
 
 
 def test_too_few_to_split():

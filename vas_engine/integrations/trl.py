@@ -49,8 +49,8 @@ def to_dataset(rollouts: Rollouts, kind: str, reward: str | None = None) -> Data
     except ImportError as error:
         raise VASError("datasets for TRL need pip install 'vas-engine[trl]'") from error
     by_prompt: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_prompt.setdefault(rollout.prompt_index, []).append(rollout)
+    for group, rollout in zip(rollouts.prompt_groups, rollouts, strict=True):
+        by_prompt.setdefault(group, []).append(rollout)
     if kind == "prompt-only":
         return Dataset.from_list([{"prompt": own[0].prompt} for own in by_prompt.values()])
     if kind == "preference":

@@ -62,7 +62,7 @@ class Advantages:
     """
 
     def __init__(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
-        self.noise = _variance_within(rewards, [rollout.prompt_index for rollout in rollouts])
+        self.noise = _variance_within(rewards, rollouts.prompt_groups)
         self.parts: list[torch.Tensor] = []
 
     @torch.no_grad()

@@ -170,7 +170,8 @@ def split(rollouts: Rollouts, holdout: float, by: str, seed: int) -> tuple[list[
     """
     if by not in HOLDOUT_UNITS:
         raise InvalidArgumentError("holdout_by", by, f"use one of {', '.join(HOLDOUT_UNITS)}")
-    prompts = sorted({rollout.prompt_index for rollout in rollouts})
+    groups = rollouts.prompt_groups
+    prompts = list(dict.fromkeys(groups))
     if by == "auto":
         by = "prompt" if round(holdout * len(prompts)) >= LEAST_HELDOUT_PROMPTS else "sample"
     units = prompts if by == "prompt" else list(range(len(rollouts)))
@@ -181,7 +182,7 @@ def split(rollouts: Rollouts, holdout: float, by: str, seed: int) -> tuple[list[
         )
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {units[place] for place in order[:count]}
-    unit_of = [rollout.prompt_index for rollout in rollouts] if by == "prompt" else units
+    unit_of = groups if by == "prompt" else units
     heldout = [index for index, unit in enumerate(unit_of) if unit in held]
     train = [index for index, unit in enumerate(unit_of) if unit not in held]
     return train, heldout, by

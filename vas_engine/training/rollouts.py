@@ -46,7 +46,7 @@ class Rollout:
         response_ids: tokens after the prompt, the one that ended it (EOS or a stop token) included.
         finish_reason: ``"stop"``, or ``"length"`` where the token limit cut it; its rewards are then those of
             the text as it was cut.
-        prompt_index: place of the prompt in the list it came from; responses to one prompt share it.
+        prompt_index: place of the prompt in the list it came from, in which it may stand twice.
         rewards: by name.
         partial_rewards: by name, those of the first N, 2 N, ... of ``response_ids``, as far as they are not all of
             them, N being the header's setting of this name; None where it is 0.
@@ -109,6 +109,12 @@ class Rollouts:
     @property
     def reward_names(self) -> list[str]:
         return list(self.header.rewards)
+
+    @property
+    def prompt_groups(self) -> list[int]:
+        """Number of each rollout's prompt, by first occurrence; prompts of the same tokens are one prompt."""
+        numbers: dict[tuple[int, ...], int] = {}
+        return [numbers.setdefault(tuple(rollout.prompt_ids), len(numbers)) for rollout in self.rollouts]
 
     def partial_rewards(self, names: Sequence[str]) -> torch.Tensor:
         """Return the partial rewards named, float32 [rollouts, parts, names]; NaN behind a response's end.
