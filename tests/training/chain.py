@@ -115,17 +115,15 @@ def _tilted(solution: Solution, prefix: tuple[int, ...], strength: float) -> tor
     return (solution.policy[prefix].log() + strength * values).softmax(-1)
 
 
-class ExactValue:
+class ExactValue(torch.nn.Module):
     """The exact values as a value, to teach with; one head, which may give them as a distribution over two atoms."""
 
     def __init__(self, solution: Solution, support: Support | None = None) -> None:
+        super().__init__()
         head = HeadConfig("points", "points", support=support)
         self.config = ValueConfig(kind="action", heads=(head,), hidden_size=32, vocab_size=6, states=(2,), width=1)
         self.heads = Heads(self.config, 1)
         self.solution, self.states = solution, ()
-
-    def eval(self) -> ExactValue:
-        return self
 
     def train_values(self, lm, tokens, lengths, branches=None):
         width = len(PROMPT)

@@ -99,6 +99,28 @@ def test_a_checkpoint_of_another_fit_is_refused(lm, rollouts, tmp_path):
         fit_all(lm, make(), rollouts, config, **options)
 
 
+def test_a_checkpoint_of_other_weights_is_refused(lm, solution, rollouts, tmp_path):
+    """Of the teacher, or of the backbone that adapters are put into: nothing else tells them apart."""
+    config = FitConfig(epochs=1, batch_tokens=512, lora_rank=2)
+
+    def start(teacher, seed: int = 0):
+        network = networks(lm, rollouts)[1]
+        with torch.no_grad():
+            next(network.backbone.parameters()).add_(seed)
+        options = {"checkpoint": tmp_path, "resume": True, "use_tqdm": False}
+        return fit_all(lm, [network], rollouts, config, teacher=teacher, **options)
+
+    teacher, other = ExactValue(solution), ExactValue(solution)
+    with torch.no_grad():
+        other.heads.output.weight.add_(1.0)
+    start(teacher)
+    start(teacher)
+    with pytest.raises(InvalidArgumentError, match="teacher_weights"):
+        start(other)
+    with pytest.raises(InvalidArgumentError, match="backbone_weights"):
+        start(teacher, seed=1)
+
+
 def test_a_run_killed_while_saving_leaves_the_checkpoint_before(lm, rollouts, tmp_path, monkeypatch):
     config = FitConfig(epochs=3, batch_tokens=512)
     save_file, calls = module.save_file, []

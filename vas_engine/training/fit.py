@@ -12,6 +12,7 @@ import torch
 
 from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
+from vas_engine.model.fingerprint import weights_hash
 from vas_engine.training.base import FrozenBase
 from vas_engine.training.batches import split
 from vas_engine.training.checkpoint import Checkpoint, rollouts_digest
@@ -124,10 +125,12 @@ def fit_all(
     everyone = [*networks, teacher] if teacher is not None else list(networks)
     base = FrozenBase(lm, everyone, logits=teacher is not None)
     master = Teacher(teacher, base, config) if teacher is not None else None
+    # Before adapters are put into value models.
+    identity = _identity(networks, rollouts, config, teacher) if checkpoint is not None else {}
     trainees = [Trainee(base, network, rollouts, config, master) for network in networks]
     for trainee in trainees:
         _check_rewards(trainee, heldout)
-    place = Checkpoint(checkpoint, _identity(networks, rollouts, config, teacher)) if checkpoint is not None else None
+    place = Checkpoint(checkpoint, identity) if checkpoint is not None else None
     course = Course(base, rollouts, config, train, heldout, trainees, master, place)
     if states is not None:
         base.use_saved(states, rollouts)
@@ -152,12 +155,19 @@ def fit_all(
 
 
 def _identity(networks: Sequence[Any], rollouts: Rollouts, config: FitConfig, teacher: Any | None) -> dict[str, Any]:
-    return {
+    """What a fit is of; the weights of networks whose all are trained follow from their settings and the seed."""
+    found = {
         "settings": asdict(config),
         "rollouts": rollouts_digest(rollouts),
         "networks": [network.config.to_dict() for network in networks],
         "teacher": None if teacher is None else teacher.config.to_dict(),
     }
+    backbones = [weights_hash(network.backbone) for network in networks if network.config.kind == "model"]
+    if backbones:
+        found["backbone_weights"] = backbones
+    if teacher is not None:
+        found["teacher_weights"] = weights_hash(teacher)
+    return found
 
 
 def _check_rewards(trainee: Trainee, heldout: list[int]) -> None:
