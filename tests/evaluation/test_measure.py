@@ -50,6 +50,27 @@ def test_divergence_and_likelihood_are_those_of_the_enumerated_policy(llm, rewar
         assert abs(float(numbers.mean()) - expected) < 4 * float(numbers.std()) / math.sqrt(len(numbers))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_bias": {2: 3.0}},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 3.0},
+        {"min_tokens": 3},
+    ],
+)
+def test_penalties_and_bias_cost_divergence(llm, changes):
+    """Where they are the whole policy too: likelihoods are the base model's, divergence that from it."""
+    params = SamplingParams(max_tokens=4, **changes)
+    [found] = run(llm, PROMPTS, [params], samples=50)
+    assert found.kl_kind == "log-ratio"
+    assert sum(r.kl for r in found.responses) > 0
+    ids = [[WORDS.index(word) for word in PROMPTS[r.prompt].split()] for r in found.responses]
+    dense = log_probs(llm.lm, ids, [r.token_ids for r in found.responses])
+    assert [r.log_prob for r in found.responses] == pytest.approx(dense, abs=1e-4)
+
+
 def test_a_greedy_response_has_all_the_probability(llm):
     params = SamplingParams(max_tokens=4, values={"v": 1.0}, num_candidates=4, temperature=0.0)
     [found] = run(llm, PROMPTS, [params], samples=2)

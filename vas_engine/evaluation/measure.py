@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vas_engine.engine.detokenizer import Detokenizer
 from vas_engine.evaluation.dense import log_probs
@@ -40,6 +40,19 @@ T = TypeVar("T")
 
 REQUEST_SAMPLES = 128
 """Most samples of one request; larger pools are several requests, whose prompt the prefix cache holds."""
+
+
+NEUTRAL: dict[str, Any] = {
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "min_tokens": 0,
+}
+"""Settings that leave the model's own distribution alone."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +215,11 @@ def _run(
     completions = [
         (place // parts, completion) for place, output in enumerate(outputs) for completion in output.outputs
     ]
-    # What the engine calls base is after temperature and cuts; temperature 0 reads as 1 (see `choose`).
-    raw = params.temperature in (0.0, 1.0) and (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0)
+    # What the engine calls base is after temperature, penalties and cuts; temperature 0 reads as 1 (see `choose`).
+    raw = all(getattr(params, name) == neutral for name, neutral in NEUTRAL.items()) and params.temperature in (
+        0.0,
+        1.0,
+    )
     if raw:
         base = [completion.cumulative_logprob for _, completion in completions]
     else:
