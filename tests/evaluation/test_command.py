@@ -164,7 +164,8 @@ def test_conversations_are_what_collecting_made_of_them(folders, tmp_path, capsy
     capsys.readouterr()
 
 
-def test_bad_arguments_are_named_before_any_work(folders, tmp_path, capsys):
+def test_bad_arguments_are_named_before_any_work(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(LLM, "generate", None)  # nothing is sampled
     value = ["--value", f"characters={folders}/characters"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -177,6 +178,16 @@ def test_bad_arguments_are_named_before_any_work(folders, tmp_path, capsys):
         ([*value, "--grid", "characters=1,x"], "write REWARD=W,W"),
         ([*value, "--policy", "tuned"], "write NAME=FOLDER"),
         ([*value, "--out", str(tmp_path / "full")], "choose a new folder"),
+        ([*value, "--tail", "foo"], "must be one of 'keep', 'drop'"),
+        ([*value, "--tilt", "optimal"], "has a scalar head"),
+        ([*value, "--method", "vas", "qsharp"], "has a scalar head"),
+        ([*value, "--weights", "1", "1"], "label='vas 1': would be measured twice"),
+        ([*value, "--method", "blockwise", "--blocks", "2", "2"], "label='blockwise 2': would be measured twice"),
+        ([*value, "--blocks", "0"], "--blocks=0: must be at least 1"),
+        ([*value, "--best-of", "0"], "--best-of=0: must be at least 1"),
+        ([*value, "--policy", f"base={folders}/model"], "label='base': would be measured twice"),
+        ([*value, "--limit", "-1"], "--limit=-1: must be at least 1"),
+        ([*value, "--weights", "nan"], "--weights=nan: must be finite"),
     ):
         assert main(words(folders, tmp_path / "out", *more)) == FAILED
         assert message in capsys.readouterr().err

@@ -10,12 +10,15 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vas_engine import arguments
 from vas_engine.commands.options import add_model_options, load_llm, read_values
 from vas_engine.errors import InvalidArgumentError, nearest
+from vas_engine.params import MAX_SEED, SamplingParams
 
 if TYPE_CHECKING:
     from vas_engine.evaluation.frontier import Contest, Point, Setting
     from vas_engine.evaluation.report import Evaluation, Section
+    from vas_engine.llm import LLM
 
 EXAMPLES = """examples:
   vas evaluate MODEL --prompts openings.txt --reward mood=vader:pos-neg --value mood=values/mood --out runs/contest
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from vas_engine.training.rewards import load_rewards
 
     check_out(args.out)
+    _check_numbers(args)
     _check_packages()
     rewards = load_rewards(args.reward, whole_text=args.whole_text)
     prompts = load_prompts(args.prompts)[: args.limit]
@@ -109,11 +113,22 @@ def _check_packages() -> None:
     import pyarrow  # noqa: F401
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Numbers that are wrong whatever is loaded."""
+    for name in ("limit", "samples", "pool", "blocks", "block_tokens", "simulations", "best_of"):
+        given = getattr(args, name)
+        for number in given if isinstance(given, list) else [] if given is None else [given]:
+            arguments.integer("--" + name.replace("_", "-"), number, 1)
+    for weight in args.weights:
+        arguments.real("--weights", weight)
+    arguments.integer("--seed", args.seed, 0, MAX_SEED)
+
+
 def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) -> tuple[Evaluation, Contest]:
     from vas_engine.evaluation.frontier import Contest
     from vas_engine.evaluation.methods import METHODS, steered_rewards, with_logs
+    from vas_engine.evaluation.pool import pick
     from vas_engine.evaluation.report import Evaluation
-    from vas_engine.params import SamplingParams
     from vas_engine.tokenizer import as_prompt
     from vas_engine.training.rollouts import load_rollouts
 
@@ -122,6 +137,8 @@ def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) 
             raise InvalidArgumentError("--method", name, nearest(name, (*METHODS, *GROWN)))
     if args.best_of and max(args.best_of) > args.pool and not args.rollouts:
         raise InvalidArgumentError("--best-of", max(args.best_of), f"use at most --pool {args.pool}")
+    params = SamplingParams(max_tokens=args.max_tokens)
+    params.replace(**_changes(args))
     values = read_values(args.value)
     if any(name in METHODS and METHODS[name].of_logs for name in args.method):
         values = with_logs(values)
@@ -129,22 +146,30 @@ def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) 
     names = [reward.name for reward in rewards]
     steered = steered_rewards(llm, names)
     combinations = _combinations(args.grid or [], names, steered)
+    params = params.replace(num_candidates=min(CANDIDATES, llm.lm.vocab_size))
+    policies = _read_policies(args, params, names[0])
+    _rehearse(args, llm, params, steered, combinations, [setting for setting, _ in policies])
+    prompts = [as_prompt(llm.tokenizer, prompt) for prompt in prompts]
+    rollouts = load_rollouts(args.rollouts) if args.rollouts else None
+    if rollouts is not None:
+        have = len(pick(llm, rollouts, prompts, params)) // len(prompts)
+        if args.best_of and max(args.best_of) > have:
+            raise InvalidArgumentError(
+                "--best-of", max(args.best_of), f"the rollouts have {have} responses of a prompt"
+            )
     contest = Contest(
         llm,
-        [as_prompt(llm.tokenizer, prompt) for prompt in prompts],
+        prompts,
         rewards,
-        SamplingParams(max_tokens=args.max_tokens, num_candidates=min(CANDIDATES, llm.lm.vocab_size)),
+        params,
         samples=args.samples,
         pool=args.pool,
-        rollouts=load_rollouts(args.rollouts) if args.rollouts else None,
+        rollouts=rollouts,
         seed=args.seed,
         use_tqdm=True,
     )
-    have = min(map(len, contest.plain.responses))
-    if args.best_of and max(args.best_of) > have:
-        raise InvalidArgumentError("--best-of", max(args.best_of), f"the rollouts have {have} responses of a prompt")
-    policies = _policies(args, contest)
-    sections = [_section(args, contest, steered, reward, policies) for reward in names]
+    tuned = [_sample_policy(args, contest, setting, folder) for setting, folder in policies]
+    sections = [_section(args, contest, steered, reward, tuned) for reward in names]
     fronts = _fronts(args, contest, steered, combinations, sections) if combinations else {}
     settings = {
         name: getattr(args, name)
@@ -204,12 +229,11 @@ def _curve(
 
     scale = contest.scales[reward]
     if method not in GROWN:
-        changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-        own = changes if method == "vas" else None
+        own = _changes(args) if method == "vas" else None
         return contest.measure(sweep(contest.llm, method, value, reward, args.weights, scale, contest.params, own))
-    label, points = f"{method} {value}" if several else method, []
+    label, points = _grown_label(method, value, several), []
     common = {"samples": args.samples, "seed": args.seed, "use_tqdm": True}
-    for strength in args.blocks if method == "blockwise" else args.weights:
+    for strength in _strengths(args, method):
         if method == "blockwise":
             settings = {"blocks": strength, "block_tokens": args.block_tokens}
             run = blockwise(
@@ -225,10 +249,9 @@ def _curve(
     return points
 
 
-def _policies(args: argparse.Namespace, contest: Contest) -> list[tuple[Setting, dict[str, float]]]:
-    """Fine-tuned policies, sampled; each with what its training cost."""
+def _read_policies(args: argparse.Namespace, params: SamplingParams, reward: str) -> list[tuple[Setting, str]]:
+    """Fine-tuned policies and their folders."""
     from vas_engine.evaluation.frontier import Setting
-    from vas_engine.evaluation.policy import sample_policy
 
     found = []
     for text in args.policy:
@@ -240,22 +263,76 @@ def _policies(args: argparse.Namespace, contest: Contest) -> list[tuple[Setting,
             number = float(strength) if strength else None
         except ValueError as error:
             raise InvalidArgumentError("--policy", text, "the STRENGTH of NAME:STRENGTH is a number") from error
-        run = sample_policy(
-            contest.llm,
-            folder,
-            contest.prompts,
-            contest.params,
-            samples=args.samples,
-            seed=args.seed,
-            use_tqdm=True,
-            device=str(contest.llm.lm.device),
-        )
-        setting = Setting(
-            f"{method} {strength}".strip(), method, contest.params, {contest.reward_names[0]: 1.0}, number
-        )
-        contest.add(setting, run)
-        found.append((setting, training_cost(Path(folder))))
+        found.append((Setting(f"{method} {strength}".strip(), method, params, {reward: 1.0}, number), folder))
     return found
+
+
+def _sample_policy(
+    args: argparse.Namespace, contest: Contest, setting: Setting, folder: str
+) -> tuple[Setting, dict[str, float]]:
+    """Sample a policy; what its training cost comes back with it."""
+    from vas_engine.evaluation.policy import sample_policy
+
+    run = sample_policy(
+        contest.llm,
+        folder,
+        contest.prompts,
+        contest.params,
+        samples=args.samples,
+        seed=args.seed,
+        use_tqdm=True,
+        device=str(contest.llm.lm.device),
+    )
+    contest.add(setting, run)
+    return setting, training_cost(Path(folder))
+
+
+def _rehearse(
+    args: argparse.Namespace,
+    llm: LLM,
+    params: SamplingParams,
+    steered: dict[str, str],
+    combinations: list[dict[str, float]],
+    policies: list[Setting],
+) -> None:
+    """Make every setting, as if rewards had a deviation of 1, so that what cannot work is found before sampling."""
+    from vas_engine.evaluation.methods import check_settings, grid, sweep
+
+    settings, labels = [], ["base", *(setting.label for setting in policies)]
+    for method, (value, reward) in product(args.method, steered.items()):
+        if method in GROWN:
+            label = _grown_label(method, value, len(steered) > 1)
+            labels += [f"{label} {strength:g}" for strength in _strengths(args, method)]
+        else:
+            own = _changes(args) if method == "vas" else None
+            settings += sweep(llm, method, value, reward, args.weights, 1.0, params, own)
+    if combinations:
+        values = _steering(steered)
+        settings += grid(values, combinations, dict.fromkeys(values, 1.0), params, _changes(args))
+    check_settings(llm, settings)
+    labels += [setting.label for setting in settings]
+    for label in labels:
+        if labels.count(label) > 1:
+            fix = "would be measured twice; give every method, weight and policy once, a policy by a name of its own"
+            raise InvalidArgumentError("label", label, fix)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of vas that were given."""
+    return {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+
+
+def _strengths(args: argparse.Namespace, method: str) -> list[Any]:
+    return args.blocks if method == "blockwise" else args.weights
+
+
+def _grown_label(method: str, value: str, several: bool) -> str:
+    return f"{method} {value}" if several else method
+
+
+def _steering(steered: dict[str, str]) -> dict[str, str]:
+    """Reward -> the first value that steers it."""
+    return {reward: value for value, reward in reversed(steered.items())}
 
 
 # -- compositions --------------------------------------------------------------------------------------------------
@@ -289,9 +366,8 @@ def _fronts(
     from vas_engine.evaluation.methods import grid
 
     composed = list(combinations[0])
-    values = {about: name for name, about in reversed(steered.items())}
-    changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    settings = grid(values, combinations, contest.scales, contest.params, changes)
+    values = _steering(steered)
+    settings = grid(values, combinations, contest.scales, contest.params, _changes(args))
     fronts = {"composition": contest.measure(settings, together=True)}
     for n in args.best_of:
         found = [contest.best_of_n([n], setting.objective, setting.label) for setting in settings]

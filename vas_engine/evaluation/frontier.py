@@ -16,7 +16,7 @@ from vas_engine.evaluation.best_of_n import best_of_n_kl_bound, selection_weight
 from vas_engine.evaluation.estimate import Estimate, estimate_mean
 from vas_engine.evaluation.measure import Measurement, Run, by_prompt, distinct, run, summarise
 from vas_engine.evaluation.optimum import Optimum
-from vas_engine.evaluation.pool import pool_of
+from vas_engine.evaluation.pool import pick, pool_of
 from vas_engine.params import SamplingParams
 from vas_engine.prompts import Prompt
 from vas_engine.training.rewards import Reward
@@ -140,6 +140,8 @@ class Contest:
         self.llm, self.prompts, self.rewards, self.params = llm, list(prompts), list(rewards), base
         self.samples, self.seed, self.use_tqdm = samples, seed, use_tqdm
         self.runs: dict[str, Run] = {}
+        if rollouts is not None:
+            pick(llm, rollouts, prompts, base)  # whether they can be the pool is known before anything is sampled
         [plain] = run(llm, prompts, [base], samples=pool, seed=seed, use_tqdm=use_tqdm)
         if rollouts is not None:
             plain = pool_of(llm, rollouts, prompts, base, plain)

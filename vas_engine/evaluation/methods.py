@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from vas_engine.values.config import HeadConfig
 if TYPE_CHECKING:
     from vas_engine.llm import LLM
 
-__all__ = ["METHODS", "Method", "grid", "log_name", "steered_rewards", "sweep", "with_logs"]
+__all__ = ["METHODS", "Method", "check_settings", "grid", "log_name", "steered_rewards", "sweep", "with_logs"]
 
 LOG_PREFIX = "log "
 
@@ -117,6 +117,26 @@ def grid(
         text = ", ".join(f"{reward} {strength:+g}" for reward, strength in combination.items())
         settings.append(Setting(text, "composition", params, weights))
     return settings
+
+
+def check_settings(llm: LLM, settings: Iterable[Setting]) -> None:
+    """Whether they can run with the values that are loaded.
+
+    Raises:
+        InvalidArgumentError: one that cannot.
+    """
+    heads = {
+        name: head
+        for network in llm.engine.guide.networks
+        for name, head in zip(llm.value_names[network.columns], network.scorer.config.heads, strict=True)
+    }
+    for setting in settings:
+        params = setting.params
+        params.check(vocab_size=llm.lm.vocab_size, value_names=llm.value_names)
+        for name, weight in (params.values or {}).items():
+            if params.tilt == "optimal" and weight and heads[name].support is None:
+                fix = f"value {name!r} has a scalar head; train it --distributional, or leave out {setting.method!r}"
+                raise InvalidArgumentError("tilt", params.tilt, fix)
 
 
 def steered_rewards(llm: LLM, rewards: Sequence[str]) -> dict[str, str]:

@@ -15,18 +15,16 @@ from vas_engine.training.rollouts import Rollout, Rollouts
 if TYPE_CHECKING:
     from vas_engine.llm import LLM
 
-__all__ = ["pool_of"]
+__all__ = ["pick", "pool_of"]
 
 
-def pool_of(llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base: SamplingParams, sampled: Run) -> Run:
-    """The rollouts of these prompts as a run of the base, at the cost per token of one that was just made.
-
-    Args:
-        rollouts: of this model, unguided, as long as `base` allows, on these prompts at least.
-        sampled: plain samples of the same prompts.
+def pick(
+    llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base: SamplingParams
+) -> list[tuple[int, Rollout]]:
+    """Rollouts that are plain samples of these prompts, each with its prompt's place; arguments as of `pool_of`.
 
     Returns:
-        As many responses of every prompt as there are of the one that has fewest.
+        As many of every prompt as there are of the one that has fewest.
 
     Raises:
         InvalidArgumentError: rollouts made in another way, or of other prompts.
@@ -55,7 +53,23 @@ def pool_of(llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base:
             fix = f"they have no response to prompt {place}; collect with the same prompts"
             raise InvalidArgumentError("rollouts", f"[{len(by_prompt)} prompts]", fix)
     count = min(len(by_prompt[ids]) for ids in encoded)
-    picked = [(place, rollout) for place, ids in enumerate(encoded) for rollout in by_prompt[ids][:count]]
+    return [(place, rollout) for place, ids in enumerate(encoded) for rollout in by_prompt[ids][:count]]
+
+
+def pool_of(llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base: SamplingParams, sampled: Run) -> Run:
+    """The rollouts of these prompts as a run of the base, at the cost per token of one that was just made.
+
+    Args:
+        rollouts: of this model, unguided, as long as `base` allows, on these prompts at least.
+        sampled: plain samples of the same prompts.
+
+    Returns:
+        As many responses of every prompt as there are of the one that has fewest.
+
+    Raises:
+        InvalidArgumentError: rollouts made in another way, or of other prompts.
+    """
+    picked = pick(llm, rollouts, prompts, base)
     likelihoods = log_probs(llm.lm, [r.prompt_ids for _, r in picked], [r.response_ids for _, r in picked])
     responses = [
         Response(place, rollout.response, rollout.response_ids, rollout.finish_reason, log_prob, 0.0)
