@@ -5,7 +5,9 @@ import json
 import pytest
 
 from vas_engine.cli import main
-from vas_engine.training import plots
+from vas_engine.errors import TrainingDataError
+from vas_engine.training import branching, plots
+from vas_engine.training.course import Course
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,6 @@ def test_saved_states_and_a_distribution(train, runs):
 
 
 def test_interrupted_and_resumed(train, runs, monkeypatch):
-    from vas_engine.training.course import Course
-
     evaluate, calls = Course.evaluate, []
 
     def interrupting(self):
@@ -101,12 +101,32 @@ def test_interrupted_and_resumed(train, runs, monkeypatch):
         (("--lora-rank", "2"), "only a network of kind 'model'"),
         (("--reward", "mod"), "did you mean 'mood'"),
         (("--teacher", "nowhere"), "no such folder"),
+        (("--branch-points", "5000"), "branch_points=5000: must be at least 2 and at most"),
+        (("--branch-points", "0"), "branch_points=0"),
+        (("--branch-points", "4", "--branch-samples", "1"), "branch_samples=1"),
     ],
 )
-def test_what_cannot_work(train, options, said):
+def test_what_cannot_work(train, runs, monkeypatch, options, said):
+    monkeypatch.setattr(Course, "run", None)  # no epoch begins
     status, _, err = train(*options, out="nothing")
     assert status != 0
     assert said in err
+    assert not (runs / "nothing").exists()
+
+
+def test_what_is_trained_outlives_branches_that_fail(train, runs, monkeypatch):
+    def fail(*args, **options):
+        raise TrainingDataError("no reward today")
+
+    monkeypatch.setattr(branching, "sample_branches", fail)
+    options = ("--branch-points", "4", "--branch-samples", "2", "--no-plot")
+    assert train(*options, out="kept")[0] != 0
+    assert {"config.json", "value.safetensors", "training.json"} < {path.name for path in (runs / "kept").iterdir()}
+    monkeypatch.undo()
+    assert train(*options, "--resume", out="kept")[0] == 0
+    report = json.loads((runs / "kept" / "training.json").read_text())
+    assert report["heads"]["words"]["branching"]["points"] == 4
+    assert not list((runs / "kept").glob("checkpoint*"))
 
 
 def test_plots_need_matplotlib_only_when_asked_for(train, monkeypatch, runs):

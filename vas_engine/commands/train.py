@@ -109,10 +109,12 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args)
     config = FitConfig(**_given(args, [field.name for field in dataclasses.fields(FitConfig)]))
     rollouts = load_rollouts(args.rollouts)
-    branching = _Branching(args, rollouts) if args.branch_points else None
+    branching = _Branching(args, rollouts, config) if args.branch_points is not None else None
     tokenizer = load_tokenizer(args.model, None, None, required=branching is not None)
     lm = branching.llm.lm if branching else CausalLM.load(args.model, device=args.device)
     networks = _make_networks(args, config, rollouts, lm, tokenizer)
+    several = len(networks) > 1
+    folders = [Path(args.out) / network.config.kind if several else Path(args.out) for network in networks]
     teacher = load_value(args.teacher, lm, tokenizer=tokenizer) if args.teacher else None
     try:
         reports = fit_all(
@@ -125,16 +127,17 @@ def run(args: argparse.Namespace) -> int:
             checkpoint=args.out,
             resume=args.resume,
         )
+        # Before branches are judged: what is trained must not hang on that.
+        for folder, network, report in zip(folders, networks, reports, strict=True):
+            save_value(folder, network)
+            save_report(folder, report)
         if branching:
-            reports = branching.judge(networks, reports, config)
+            reports = branching.judge(networks, reports)
     except KeyboardInterrupt:
         fix = f"what is finished lies in {args.out}; the same command with --resume goes on"
         print(f"interrupted: {fix} (--keep-on-interrupt keeps the best so far)", file=sys.stderr)
         return 130
-    several = len(networks) > 1
-    for network, report in zip(networks, reports, strict=True):
-        folder = Path(args.out) / report.kind if several else Path(args.out)
-        save_value(folder, network)
+    for folder, report in zip(folders, reports, strict=True):
         save_report(folder, report)
         if can_plot() if args.plot is None else args.plot:
             save_plots(folder, report)
@@ -199,20 +202,26 @@ def _make_networks(args: argparse.Namespace, config: Any, rollouts: Any, lm: Any
 class _Branching:
     """Completions from held-out states, sampled and rewarded by the means that made the rollouts."""
 
-    def __init__(self, args: argparse.Namespace, rollouts: Any) -> None:
+    def __init__(self, args: argparse.Namespace, rollouts: Any, config: Any) -> None:
         from vas_engine.llm import LLM
-        from vas_engine.training.branching import load_rollout_rewards
+        from vas_engine.training.branching import check_branches, load_rollout_rewards
 
-        self.points, self.samples, self.rollouts = args.branch_points, args.branch_samples, rollouts
+        self.points, self.samples, self.rollouts, self.config = (
+            args.branch_points,
+            args.branch_samples,
+            rollouts,
+            config,
+        )
+        check_branches(rollouts, self.points, self.samples, config)
         self.rewards = load_rollout_rewards(rollouts, args.reward)
         self.llm = LLM(args.model, device=args.device)
 
-    def judge(self, networks: list[Any], reports: list[Any], config: Any) -> list[Any]:
+    def judge(self, networks: list[Any], reports: list[Any]) -> list[Any]:
         from vas_engine.training.branching import judge_branches, sample_branches
 
-        branches = sample_branches(self.llm, self.rollouts, self.rewards, self.points, self.samples, config)
+        branches = sample_branches(self.llm, self.rollouts, self.rewards, self.points, self.samples, self.config)
         return [
-            judge_branches(self.llm.lm, network, report, branches, config.gamma)
+            judge_branches(self.llm.lm, network, report, branches, self.config.gamma)
             for network, report in zip(networks, reports, strict=True)
         ]
 

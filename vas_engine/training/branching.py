@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from vas_engine.llm import LLM
     from vas_engine.model.lm import CausalLM
 
-__all__ = ["SampledBranches", "explainable", "judge_branches", "load_rollout_rewards", "sample_branches"]
+__all__ = [
+    "SampledBranches",
+    "check_branches",
+    "explainable",
+    "judge_branches",
+    "load_rollout_rewards",
+    "sample_branches",
+]
 
 POSITION_BINS = 4
 
@@ -66,6 +73,23 @@ def load_rollout_rewards(rollouts: Rollouts, names: Sequence[str] | None = None)
     return [reward for reward in loaded if not names or reward.name in names]
 
 
+def check_branches(rollouts: Rollouts, points: int, samples: int, config: FitConfig) -> list[int]:
+    """Whether so many branches can be sampled; arguments as of `sample_branches`.
+
+    Returns:
+        Places of the held-out responses that they can begin in.
+
+    Raises:
+        InvalidArgumentError: more points than these, or fewer than 2 of either.
+        TrainingDataError: too few rollouts to hold some out.
+    """
+    _, heldout, _ = split(rollouts, config.holdout, config.holdout_by, config.seed)
+    heldout = [index for index in heldout if rollouts.rollouts[index].response_ids]
+    arguments.integer("branch_samples", samples, 2)
+    arguments.integer("branch_points", points, 2, len(heldout))
+    return heldout
+
+
 def sample_branches(
     llm: LLM,
     rollouts: Rollouts,
@@ -89,10 +113,7 @@ def sample_branches(
         InvalidArgumentError: more points than held-out responses, fewer than 2 samples, or no tokenizer.
     """
     config = config or FitConfig()
-    _, heldout, _ = split(rollouts, config.holdout, config.holdout_by, config.seed)
-    heldout = [index for index in heldout if rollouts.rollouts[index].response_ids]
-    arguments.integer("branch_samples", samples, 2)
-    arguments.integer("branch_points", points, 2, len(heldout))
+    heldout = check_branches(rollouts, points, samples, config)
     if llm.tokenizer is None:
         raise InvalidArgumentError("tokenizer", None, "rewards are given to texts: load the model with its tokenizer")
     generator = torch.Generator().manual_seed(config.seed)
