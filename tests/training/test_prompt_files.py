@@ -130,3 +130,9 @@ def test_entries_without_a_prompt(tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "fine"}) + "\n" + json.dumps(row))
     with pytest.raises(TrainingDataError, match=f"entry 1 of .*{message}"):
         load_prompts(tmp_path / "a.jsonl")
+
+
+def test_a_line_that_is_no_json_is_named_by_its_place_in_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"One"\n\n"Two"\n{"prompt": Three}\n')
+    with pytest.raises(TrainingDataError, match=r"line 4, column 12 is no JSON"):
+        load_prompts(tmp_path / "a.jsonl")

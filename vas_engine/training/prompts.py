@@ -67,8 +67,7 @@ def _read_file(path: Path, column: str | None) -> tuple[Any, str | None]:
     if path.suffix == ".txt":
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], column
     if path.suffix == ".jsonl":
-        # Not splitlines: JSON may hold other line ends of Unicode's as they are.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()], column
+        return _read_lines(path), column
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8")), column
     if path.suffix in (".yaml", ".yml"):
@@ -79,6 +78,17 @@ def _read_file(path: Path, column: str | None) -> tuple[Any, str | None]:
         column = _find_column(parquet.read_schema(path).names, column, str(path))
         return parquet.read_table(path, columns=[column]).to_pylist(), column
     raise InvalidArgumentError("prompts", str(path), f"unknown ending; use one of {', '.join(SUFFIXES)}")
+
+
+def _read_lines(path: Path) -> list[Any]:
+    entries = []
+    # Not splitlines: JSON may hold other line ends of Unicode's as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            entries += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno} is no JSON: {error.msg}") from error
+    return entries
 
 
 def _read_yaml(path: Path) -> Any:
