@@ -66,6 +66,14 @@ def test_a_target_below_the_curve_gets_its_weakest_point():
     assert (four.strength, four.kl, four.flops_ratio) == (1.0, 9.0, 4.0)
 
 
+@pytest.mark.parametrize("kl", [0.0, 1e-12])
+def test_what_spends_nothing_has_no_efficiency(kl):
+    """A weight of 0 whose samples happen to be better than the pool's."""
+    [four, _] = headlines(BASE, BEST, [point("vas", 0.0, 60.5, kl)], OPTIMUM)
+    assert (four.reached, four.kl) == (True, kl)
+    assert math.isnan(four.efficiency)
+
+
 def test_methods_apart_and_points_without_strength_left_out():
     points = [point("vas", 1.0, 90.0), point("args", 1.0, 90.0), point("tuned", None, 90.0)]
     found = headlines(BASE, BEST, points, OPTIMUM)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from vas_engine.evaluation.frontier import Point
-from vas_engine.evaluation.optimum import Optimum
+from vas_engine.evaluation.optimum import LEAST_KL, Optimum
 
 __all__ = ["Headline", "headlines"]
 
@@ -26,7 +26,7 @@ class Headline:
         target: mean score of best-of-n. best: the highest of the method's points.
         strength: at which the curve crosses the target.
         kl: nats there. bound: nats of best-of-n at most.
-        efficiency: nats of the exact optimum over `kl`.
+        efficiency: nats of the exact optimum over `kl`; NaN where next to nothing is spent.
         perplexity_ratio: over plain sampling's.
         flops_ratio, time_ratio: best-of-n's FLOPs and seconds per delivered token, over the method's.
     """
@@ -81,7 +81,7 @@ def _headline(base: Point, curve: list[Point], rival: Point, optimum: Optimum) -
         strength=between("strength"),
         kl=kl,
         bound=rival.kl.mean,
-        efficiency=optimum.kl_at(target) / kl,
+        efficiency=optimum.kl_at(target) / kl if kl >= LEAST_KL else unknown,
         perplexity_ratio=between("perplexity") / base.perplexity,
         flops_ratio=rival.flops_per_token / between("flops_per_token"),
         time_ratio=rival.seconds_per_token / between("seconds_per_token"),

@@ -17,6 +17,8 @@ LEAST_SAMPLES = 16.0
 for rewards of Gaussian tails (measured on pools of 1024 and 4096), and it falls off quickly beyond."""
 STRENGTHS = np.concatenate([[0.0], np.geomspace(0.02, 50.0, 160)])
 RESAMPLES = 400
+LEAST_KL = 1e-9
+"""Nats under which a divergence is rounding: nothing was spent."""
 
 
 class Optimum:
@@ -75,7 +77,7 @@ class Optimum:
         prompts = self._rewards.shape[-1]
         if gained.shape != (prompts,) or spent.shape != (prompts,):
             raise InvalidArgumentError("rewards", gained.shape, f"give one mean for each of {prompts} prompts")
-        if spent.mean() <= 0:
+        if spent.mean() < LEAST_KL:
             return Estimate(math.nan, math.nan, math.nan, prompts)
         ratio = self.kl_at(float(gained.mean())) / float(spent.mean())
         if prompts < 2 or math.isnan(ratio):
