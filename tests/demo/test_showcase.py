@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -79,7 +81,20 @@ def test_results_are_written_and_drawn(shown) -> None:
     assert "guided" in terminal_plot(result)
 
 
+def test_errors_that_one_prompt_does_not_tell_are_left_out(shown) -> None:
+    result, _, _ = shown
+    rows = [replace(row, errors=dict.fromkeys(row.errors, math.nan)) for row in result.rows]
+    found = replace(result, rows=rows)
+    assert "nan" not in table(found)
+    assert "±" in table(result)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["rows"][0]["errors"]["mood"] is None
+
+
 def test_settings_that_cannot_work() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"kind='modle': must be one of .* 'side'"):
+        ShowcaseConfig(kind="modle")
+    with pytest.raises(InvalidArgumentError, match="no conversations"):
+        ShowcaseConfig(prompts=[[{"role": "user", "content": "Hi"}]])
     with pytest.raises(InvalidArgumentError, match="exactly two"):
         ShowcaseConfig(rewards=("mood=vader",))
     with pytest.raises(InvalidArgumentError, match="pool"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
-from vas_engine import LLM, SamplingParams
+from vas_engine import LLM, SamplingParams, arguments
 from vas_engine.demo import model_path
 from vas_engine.demo.corpus import OPENINGS
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.evaluation.frontier import Contest, Point, Setting
+from vas_engine.evaluation.frontier import Contest, Point, Setting, plain_json
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
@@ -26,6 +27,7 @@ from vas_engine.training.report import save_report
 from vas_engine.training.rewards import load_rewards
 from vas_engine.training.rollouts import Rollouts
 from vas_engine.values.artifact import save_value
+from vas_engine.values.config import KINDS
 
 Say = Callable[[str], None]
 
@@ -73,6 +75,12 @@ class ShowcaseConfig:
             raise InvalidArgumentError("rewards", list(self.rewards), "give exactly two, each as name=spec")
         if not self.prompts:
             raise InvalidArgumentError("prompts", [], "give at least one opening")
+        for prompt in self.prompts:
+            if not isinstance(prompt, str):
+                raise InvalidArgumentError(
+                    "prompts", prompt, "the demo goes on with texts; give openings, no conversations"
+                )
+        arguments.choice("kind", self.kind, [kind for kind in KINDS if kind != "model"])
         if max(self.best_of) > self.pool:
             raise InvalidArgumentError("best_of", max(self.best_of), f"use at most pool={self.pool}")
 
@@ -85,7 +93,7 @@ class Row:
         label: what the table shows.
         target: the one reward it is after; None for plain sampling and compositions.
         rewards: mean of each reward.
-        errors: half of each mean's 95 % interval.
+        errors: half of each mean's 95 % interval; NaN where one prompt does not tell.
         kl: nats per response; exact and measured, or the upper bound log n - (n-1)/n of best-of-n.
         kl_is_upper_bound: which of the two.
         tokens_per_second: of responses that are kept.
@@ -123,7 +131,8 @@ class Showcase:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON types; a number that is not known is None."""
+        return plain_json(asdict(self))
 
 
 def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = True) -> Showcase:
@@ -294,7 +303,7 @@ def table(result: Showcase) -> str:
     head = ["", first, second, "KL (nats)", "tokens/s", "model rows/token", "value rows/token"]
     lines = [head]
     for row in result.rows:
-        means = [f"{row.rewards[n]:.2f} ±{row.errors[n]:.2f}" for n in (first, second)]
+        means = [_with_error(row.rewards[n], row.errors[n]) for n in (first, second)]
         bound = "at most " if row.kl_is_upper_bound else ""
         lines.append(
             [
@@ -317,6 +326,11 @@ def table(result: Showcase) -> str:
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([render(head), rule, *(render(line) for line in lines[1:])])
+
+
+def _with_error(mean: float, error: float) -> str:
+    """A single prompt leaves some errors unknown."""
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ±{error:.2f}"
 
 
 def curves(result: Showcase, name: str) -> dict[str, tuple[list[float], list[float]]]:
