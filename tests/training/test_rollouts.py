@@ -7,6 +7,7 @@ import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.training import rollouts as module
+from vas_engine.training.base import read_states
 from vas_engine.training.rollouts import Header, Rollout, RolloutWriter, load_rollouts, load_states
 
 HEADER = Header(
@@ -150,3 +151,14 @@ def test_hidden_states_beside_a_shard(tmp_path):
     assert [torch.equal(a, b) for a, b in zip(found, states, strict=True)] == [True, True]
     with pytest.raises(TrainingDataError, match="does not exist"):
         load_states(tmp_path / "run", 1)
+
+
+def test_states_are_those_of_the_shards_that_the_index_names(tmp_path):
+    """Not those of a number that is missing, or of a file that was written and not indexed."""
+    writer = RolloutWriter(tmp_path / "run", HEADER)
+    for number in (0, 2):
+        writer.write(number, SHARDS[number], [torch.full((1, 2), row.rewards["length"]) for row in SHARDS[number]])
+    (tmp_path / "run" / "shard-00001.parquet").touch()
+    found = load_rollouts(tmp_path / "run")
+    states = read_states(tmp_path / "run", found)
+    assert [float(state[0, 0]) for state in states] == [row.rewards["length"] for row in found]

@@ -6,7 +6,7 @@ import pytest
 
 from vas_engine.cli import main
 from vas_engine.errors import TrainingDataError
-from vas_engine.training import branching, plots
+from vas_engine.training import base, branching, plots
 from vas_engine.training.course import Course
 
 
@@ -63,6 +63,11 @@ def test_saved_states_and_a_distribution(train, runs):
     assert (report["base"], report["settings"]["loss"], report["settings"]["ema"]) == ("saved", "hl-gauss", 0.99)
     config = json.loads((runs / "spread" / "config.json").read_text())
     assert [head["support"]["bins"] for head in config["heads"]] == [21, 21]
+
+
+def test_saved_states_are_read_for_those_who_need_no_more(train, monkeypatch):
+    monkeypatch.setattr(base, "read_states", None)
+    assert train("--kind", "side", "--epochs", "1", "--no-plot", out="unread")[0] == 0
 
 
 def test_interrupted_and_resumed(train, runs, monkeypatch):

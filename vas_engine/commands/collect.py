@@ -60,7 +60,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=128, help="longest response (default 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-rows", type=int, default=512, help="responses per file (default 512)")
-    parser.add_argument("--hidden-states", action="store_true", help="keep the model's final hidden states too")
+    parser.add_argument(
+        "--hidden-states",
+        action="store_true",
+        help="keep the model's final hidden states too: `vas train` reads them in place of running the model where "
+        "networks look at nothing else (--kind action or lookahead with --states LAYERS, the model's number of them)",
+    )
     parser.add_argument(
         "--partial-rewards",
         type=int,

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
     from vas_engine.model.lm import CausalLM
     from vas_engine.tokenizer import load_tokenizer
-    from vas_engine.training.base import read_states
+    from vas_engine.training.base import FrozenBase, read_states
     from vas_engine.training.checkpoint import drop_checkpoint
     from vas_engine.training.config import FitConfig
     from vas_engine.training.fit import fit_all
@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     several = len(networks) > 1
     folders = [Path(args.out) / network.config.kind if several else Path(args.out) for network in networks]
     teacher = load_value(args.teacher, lm, tokenizer=tokenizer) if args.teacher else None
+    base = FrozenBase(lm, networks if teacher is None else [*networks, teacher], logits=teacher is not None)
     try:
         reports = fit_all(
             lm,
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             rollouts,
             config,
             teacher=teacher,
-            states=read_states(args.rollouts, rollouts),
+            states=read_states(args.rollouts, rollouts) if base.reads_final_only else None,
             checkpoint=args.out,
             resume=args.resume,
         )

@@ -14,7 +14,7 @@ from vas_engine.errors import TrainingDataError
 from vas_engine.model.branches import Branches
 from vas_engine.model.lm import DenseOutput
 from vas_engine.training.batches import Batch, make_batch, plan_batches
-from vas_engine.training.rollouts import Rollouts, load_states
+from vas_engine.training.rollouts import Rollouts, load_states, shard_names
 
 if TYPE_CHECKING:
     from vas_engine.model.lm import CausalLM
@@ -51,6 +51,11 @@ class FrozenBase:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
 
+    @property
+    def reads_final_only(self) -> bool:
+        """Whether the final state is all that is read, so that saved ones are enough."""
+        return self._states == [self._lm.num_layers] and not self._layers
+
     def use_saved(self, states: Sequence[torch.Tensor], rollouts: Rollouts) -> None:
         """Read the final states ([tokens, H] of each rollout) that were saved, if nothing else is needed.
 
@@ -64,7 +69,7 @@ class FrozenBase:
                     f"the hidden states saved for rollout {index} are {list(state.shape)}, not {list(wanted)}: collect "
                     "again, or train without them"
                 )
-        if self._states == [self._lm.num_layers] and not self._layers:
+        if self.reads_final_only:
             self._store = _Store({self._lm.num_layers: list(states)}, {}, {})
             self.source = "saved"
 
@@ -172,10 +177,10 @@ def read_states(folder: str | Path, rollouts: Rollouts) -> list[torch.Tensor] | 
     Raises:
         TrainingDataError: some shards have them and some do not, or not as many as there are rollouts.
     """
-    shards = sorted(Path(folder).glob("shard-*.parquet"))
-    if not any(shard.with_suffix(".safetensors").exists() for shard in shards):
+    names = shard_names(folder)
+    if not any((Path(folder) / name).with_suffix(".safetensors").exists() for name in names):
         return None
-    states = [state for number in range(len(shards)) for state in load_states(folder, number)]
+    states = [state for name in names for state in load_states(folder, name)]
     if len(states) != len(rollouts):
         raise TrainingDataError(
             f"{folder} has hidden states of {len(states)} responses and {len(rollouts)} rollouts: collect again"

@@ -216,11 +216,21 @@ def load_rollouts(folder: str | Path) -> Rollouts:
     return Rollouts(header, rollouts)
 
 
-def load_states(folder: str | Path, shard: int) -> list[torch.Tensor]:
-    """Read the hidden states saved beside one shard: per rollout ``[positions, width]``."""
+def shard_names(folder: str | Path) -> list[str]:
+    """Files of a folder's finished shards, in the order of `load_rollouts`.
+
+    Raises:
+        TrainingDataError: no rollouts there.
+    """
+    return sorted(_read_index(Path(folder))["shards"])
+
+
+def load_states(folder: str | Path, shard: int | str) -> list[torch.Tensor]:
+    """Read the hidden states saved beside one shard, by its number or name: per rollout ``[positions, width]``."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / Path(_shard_name(shard)).with_suffix(".safetensors")
+    name = _shard_name(shard) if isinstance(shard, int) else shard
+    path = Path(folder) / Path(name).with_suffix(".safetensors")
     if not path.exists():
         raise TrainingDataError(f"{path} does not exist: collect with hidden states to have it")
     tensors = load_file(path)
