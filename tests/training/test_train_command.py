@@ -1,12 +1,14 @@
 """`vas train` from end to end, on a random model of sixteen words."""
 
 import json
+import re
 
 import pytest
 
 from vas_engine.cli import main
 from vas_engine.errors import TrainingDataError
 from vas_engine.training import base, branching, plots
+from vas_engine.training.config import FitConfig
 from vas_engine.training.course import Course
 
 
@@ -132,6 +134,15 @@ def test_what_is_trained_outlives_branches_that_fail(train, runs, monkeypatch):
     report = json.loads((runs / "kept" / "training.json").read_text())
     assert report["heads"]["words"]["branching"]["points"] == 4
     assert not list((runs / "kept").glob("checkpoint*"))
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"--epochs N most passes over the rollouts \(default {FitConfig().epochs}\)", text)
+    assert "--loss two-hot|hl-gauss of distributional heads (default two-hot)" in text
+    assert "default None" not in text
 
 
 def test_plots_need_matplotlib_only_when_asked_for(train, monkeypatch, runs):

@@ -41,56 +41,68 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     network.add_argument("--backbone", metavar="MODEL", help="what a value model (kind model) starts from")
     network.add_argument("--lora-rank", type=int, metavar="R", help="train a value model by adapters (default: whole)")
-    network.add_argument("--layers", type=int, nargs="+", help="base layers that a reader looks at")
-    network.add_argument("--states", type=int, nargs="+", help="hidden states that the network reads")
-    network.add_argument("--width", type=int, help="width of the network")
-    network.add_argument("--depth", type=int, help="layers of a side network")
-    network.add_argument("--queries", type=int, help="query heads of a reader's layer")
+    network.add_argument("--layers", type=int, nargs="+", metavar="N", help="base layers that a reader looks at")
+    network.add_argument("--states", type=int, nargs="+", metavar="N", help="hidden states that the network reads")
+    network.add_argument("--width", type=int, metavar="N", help="width of the network")
+    network.add_argument("--depth", type=int, metavar="N", help="layers of a side network")
+    network.add_argument("--queries", type=int, metavar="N", help="query heads of a reader's layer")
     network.add_argument("--bounded", action="store_true", help="keep values within the reward's bounds")
     network.add_argument("--distributional", action="store_true", help="learn the reward's distribution")
-    network.add_argument("--bins", type=int, help="atoms of a distributional head (default 51)")
+    network.add_argument("--bins", type=int, metavar="N", help="atoms of a distributional head (default 51)")
     training = parser.add_argument_group("training")
-    for name, kind, text in (
-        ("epochs", int, "most passes over the rollouts"),
-        ("batch-tokens", int, "tokens of a batch"),
-        ("lr", float, "peak learning rate"),
-        ("weight-decay", float, "of matrices"),
-        ("lam", float, "λ of TD(λ); 1 is Monte Carlo (default: 0.8 with partial rewards, else 1)"),
-        ("gamma", float, "discount per token"),
-        ("consistency", float, "weight of the one-step consistency of V (default: 50 with partial rewards, else 0)"),
-        ("increments", float, "weight of V's steps between partial rewards (default 10)"),
-        ("loss", str, "of distributional heads: two-hot (default) or hl-gauss"),
-        ("sigma", float, "of hl-gauss, in steps between atoms (default 0.75)"),
-        ("ema", float, "decay of the averaged weights, which are kept; 0: none"),
-        ("holdout", float, "share held out"),
-        ("holdout-by", str, "prompt, sample or auto"),
-        ("patience", int, "epochs without progress before stopping early"),
-        ("seed", int, "of initial weights, split and order"),
-        ("ratio-clip", float, "largest importance weight of guided rollouts (default 10)"),
-        ("cache-memory", str, "for the frozen model's states, kept over the epochs (default 1GiB; 0: none)"),
-    ):
-        training.add_argument(f"--{name}", type=kind, help=text)
+    _add_settings(
+        training,
+        ("epochs", "N", "most passes over the rollouts"),
+        ("batch-tokens", "N", "tokens of a batch, padding included"),
+        ("lr", "X", "peak learning rate (default 0.002, for kind model less)"),
+        ("weight-decay", "X", "of matrices"),
+        ("lam", "X", "λ of TD(λ); 1 is Monte Carlo (default: 0.8 with partial rewards, else 1)"),
+        ("gamma", "X", "discount per token"),
+        ("consistency", "X", "weight of the one-step consistency of V (default: 50 with partial rewards, else 0)"),
+        ("increments", "X", "weight of V's steps between partial rewards"),
+        ("loss", "two-hot|hl-gauss", "of distributional heads"),
+        ("sigma", "X", "of hl-gauss, in steps between atoms"),
+        ("ema", "X", "decay of the averaged weights, which are kept; 0: none (default: 0.99 where λ < 1, else 0)"),
+        ("holdout", "SHARE", "of the rollouts, held out"),
+        ("holdout-by", "prompt|sample|auto", "what is held out: all responses to some prompts, or some responses"),
+        ("patience", "N", "epochs without progress before stopping early (default: never)"),
+        ("seed", "N", "of initial weights, split and order"),
+        ("ratio-clip", "X", "largest importance weight of guided rollouts"),
+        ("cache-memory", "SIZE", "for the frozen model's states, kept over the epochs; 0: none"),
+    )
     training.add_argument("--keep-on-interrupt", action="store_true", help="on Ctrl-C save the best so far")
     training.add_argument("--resume", action="store_true", help="go on with what an interruption left in --out")
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--teacher", metavar="FOLDER", help="value whose judgement of all candidates is learnt")
-    for name, kind, text in (
-        ("share", float, "of the loss; the rest is TD(λ) (default 1)"),
-        ("positions", int, "states of each response at which it judges (default 8)"),
-        ("candidates", int, "tokens that it judges there (default 20)"),
-        ("temperature", float, "of the model's probabilities that weigh them (default 2)"),
-    ):
-        teacher.add_argument(f"--teacher-{name}", type=kind, help=text)
+    _add_settings(
+        teacher,
+        ("teacher-share", "SHARE", "of the loss; the rest is TD(λ)"),
+        ("teacher-positions", "N", "states of each response at which it judges"),
+        ("teacher-candidates", "N", "tokens that it judges there"),
+        ("teacher-temperature", "X", "of the model's probabilities that weigh them"),
+    )
     report = parser.add_argument_group("report")
     report.add_argument("--branch-points", type=int, metavar="N", help="held-out states to sample completions from")
     report.add_argument("--branch-samples", type=int, metavar="M", default=16, help="completions of each (default 16)")
     report.add_argument(
         "--plot", action=argparse.BooleanOptionalAction, help="draw training.png (default: with matplotlib)"
     )
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", metavar="auto|cpu|cuda", default="auto", help="default: CUDA where there is one")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_settings(group: Any, *options: tuple[str, str, str]) -> None:
+    """Options (name, metavar, help) of `FitConfig`, whose defaults are told where they are plain values."""
+    from vas_engine.training.config import FitConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(FitConfig)}
+    for name, metavar, text in options:
+        default = defaults[name.replace("-", "_")]
+        kind = {"N": int, "X": float, "SHARE": float}.get(metavar, str)
+        told = text if default is None else f"{text} (default {default})"
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=told)
 
 
 def run(args: argparse.Namespace) -> int:
