@@ -302,6 +302,12 @@ def test_info_describes_a_model_and_its_value(model, value, capsys):
     assert "kind" in vas(capsys, "info", "--value", value)[1]
 
 
+def test_info_of_a_value_says_how_to_ask(value, capsys):
+    code, _, err = vas(capsys, "info", value)
+    assert code == FAILED
+    assert f"is a value; write vas info --value {value}" in err
+
+
 def test_info_says_when_a_value_does_not_fit(model, value, capsys, tmp_path):
     tiny_llama(seed=5).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vas_engine import __version__
 from vas_engine.commands.options import add_model_options, load_llm, read_values
+from vas_engine.errors import InvalidArgumentError
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 _EXTRAS = {
@@ -52,12 +53,23 @@ def run(args: argparse.Namespace) -> None:
     values = read_values(args.value) or {}
     folders = {"": values} if isinstance(values, str) else values
     if args.model:
+        _check_model(args.model)
         # Loading checks that the values fit: another model's is an error.
         llm = load_llm(args)
         report["model"] = describe_model(llm)
     if folders:
         report["values"] = {name or Path(folder).name: describe_value(folder) for name, folder in folders.items()}
     print(json.dumps(report, indent=2, default=str) if args.json else _as_text(report))
+
+
+def _check_model(model: str) -> None:
+    """A value's folder has a config.json too, of which a loader of models says only that it knows no such type."""
+    try:
+        found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a name of the hub, or what loading will say
+    if isinstance(found, dict) and "format_version" in found:
+        raise InvalidArgumentError("model", model, f"is a value; write vas info --value {model}")
 
 
 def describe_installation() -> dict[str, Any]:
