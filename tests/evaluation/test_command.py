@@ -135,6 +135,13 @@ def test_collected_samples_are_a_pool(folders, tmp_path, capsys):
     assert 1.0 < base["perplexity"] < 10.0
     assert best[-1]["score"]["mean"] > base["score"]["mean"]
     assert base["model_rows_per_token"] < 1.5
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["settings"]["pool"] == 16
+    # Without --pool a few fresh samples tell what the rollouts cost.
+    without = [word for word in words(folders, tmp_path / "few", *more[:2]) if word not in ("--pool", "32")]
+    assert main(without) == OK
+    assert json.loads((tmp_path / "few" / "evaluation.json").read_text())["settings"]["pool"] == 4
+    capsys.readouterr()
     (tmp_path / "other.txt").write_text("a a a\n")
     for changed, message in (
         (["--max-tokens", "6"], "max_tokens=5, here it is 6"),

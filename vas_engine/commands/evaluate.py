@@ -36,6 +36,8 @@ METHOD_HELP = "vas (default), qsharp, args, args-greedy, fudge, blockwise, mcts"
 GROWN = ("blockwise", "mcts")
 """Methods that are no setting of the engine: they put responses together from many requests."""
 CANDIDATES = 20
+POOL = 1024
+"""Plain responses per prompt, unless rollouts are given."""
 SETTINGS = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip", "temperature")
 
 
@@ -56,7 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--whole-text", action="store_true", help="let rewards see prompt and response together")
     add("--out", required=True, help="folder of the results; appears when all is done")
     add("--samples", type=int, default=16, help="responses per prompt and method (default 16)")
-    add("--pool", type=int, default=1024, help="plain responses per prompt (default 1024)")
+    add("--pool", type=int, help="plain responses per prompt (default 1024; with --rollouts --samples, for their cost)")
     add("--rollouts", metavar="FOLDER", help="the pool: what `vas collect` sampled from the model on these prompts")
     add("--max-tokens", type=int, default=96, help="longest response (default 96)")
     add("--seed", type=int, default=0)
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     from vas_engine.training.prompts import load_prompts
     from vas_engine.training.rewards import load_rewards
 
+    if args.pool is None:
+        args.pool = args.samples if args.rollouts else POOL
     check_out(args.out)
     _check_numbers(args)
     _check_packages()
