@@ -74,7 +74,7 @@ def as_prompt(tokenizer: Any | None, prompt: Any, where: str = "prompt") -> Prom
     """
     if not (isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict)):
         return read_prompt(prompt, where)
-    goes_on = prompt[-1].get("role") == "assistant"
+    goes_on = isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant"
     option = "continue_final_message" if goes_on else "add_generation_prompt"
     read = render_chat(tokenizer, prompt, **{option: True})
     return Prompt(ChatPrompt(read.text or "", list(prompt)), read.token_ids)

@@ -216,6 +216,9 @@ def test_conversations_open_the_turn_of_the_assistant(llm, tmp_path):
     try:
         config = CollectConfig(samples=2, max_tokens=2)
         found = collect(llm, chats, [FunctionReward("j", judge)], tmp_path / "run", config, use_tqdm=False)
+        for bad in (["a"], [{"content": "a"}], [*chats[0], "a"]):
+            with pytest.raises(InvalidArgumentError, match="must be a"):
+                collect(llm, [bad], [FunctionReward("j", judge)], tmp_path / "bad", config, use_tqdm=False)
     finally:
         llm.tokenizer.chat_template = None
     texts = ["user the dog assistant ", "user the dog assistant the cat"]
