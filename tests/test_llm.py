@@ -325,6 +325,38 @@ def test_values_that_are_not_finite_end_their_request_only():
     llm.engine.scheduler.check()
 
 
+def test_a_weight_that_overflows_ends_its_request_only():
+    """The value itself is finite, its product with the weight is not."""
+    base = make_llm()
+    torch.manual_seed(1)
+    value = ValueNetwork(default_config("reader", base.lm, ["v"]))
+    with torch.no_grad():
+        value.heads.output.bias.fill_(1e9)
+    llm = make_llm(values={"v": value})
+    params = SamplingParams(seed=4, max_tokens=12, ignore_eos=True)
+    mix = [params, params.replace(values={"v": 1e30}), params.replace(values={"v": 0.0})]
+    alone = [llm.generate("Hi", mix[i], use_tqdm=False)[0] for i in (0, 2)]
+    outputs = llm.generate(["Hi"] * 3, mix, use_tqdm=False, on_error="return")
+    assert isinstance(outputs[1].error, NonFiniteError)
+    assert tokens([outputs[0], outputs[2]]) == tokens(alone)
+    llm.engine.scheduler.check()
+
+
+def test_a_temperature_of_next_to_nothing_is_greedy(llm):
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
+    cold = [params.replace(temperature=t) for t in (0.0, 5e-324, 9e-9)]
+    first, *others = tokens(llm.generate(["Hi"] * 3, cold, use_tqdm=False))
+    assert others == [first, first]
+
+
+def test_an_end_of_sequence_beyond_the_vocabulary_is_none():
+    """As where a config names the end that a longer vocabulary would have."""
+    llm = LLM(tiny_llama(vocab_size=200), skip_tokenizer_init=True, device="cpu", kv_cache_memory="4MiB")
+    assert llm.lm.eos_token_ids == set()
+    params = SamplingParams(max_tokens=4, min_tokens=2, seed=1)
+    assert llm.generate([[1, 2]], params, use_tqdm=False)[0].outputs[0].finish_reason == "length"
+
+
 def test_a_stop_string_needs_a_tokenizer():
     llm = make_llm(tokenizer=None, skip_tokenizer_init=True)
     assert llm.tokenizer is None

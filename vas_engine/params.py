@@ -14,6 +14,7 @@ MAX_COMPLETIONS = 1024
 MAX_LOGPROBS = 1024
 MAX_SEED = 2**64 - 1
 MAX_BIAS = 1e4
+MAX_WEIGHT = 1e30  # times a value it stays a float32
 
 # Names that users of other libraries bring along.
 _ALIASES = {
@@ -40,7 +41,7 @@ class SamplingParams:
 
     Attributes:
         n: completions of the prompt, 1 to 1024; they share its KV cache.
-        temperature: logits are divided by it; 0 takes the best token.
+        temperature: logits are divided by it; 0 (and less than 1e-8) takes the best token.
         top_p: keeps the smallest set of tokens with at least this much probability; 1 is off.
         top_k: keeps this many most probable tokens; 0 or -1 is off.
         min_p: drops tokens less probable than this times the most probable one; 0 is off.
@@ -237,7 +238,7 @@ def _weights(name: str, value: object) -> dict[str, float]:
     for key in value:
         if not isinstance(key, str):
             raise InvalidArgumentError(name, value, "names of values are strings")
-    return {key: arguments.real(f"{name}[{key!r}]", weight) for key, weight in value.items()}
+    return {key: arguments.real(f"{name}[{key!r}]", weight, -MAX_WEIGHT, MAX_WEIGHT) for key, weight in value.items()}
 
 
 _CHECKS = {

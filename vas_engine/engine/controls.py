@@ -9,6 +9,7 @@ import numpy as np
 from vas_engine.engine.sequence import Sequence
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays
+from vas_engine.sampling.arrays import MIN_TEMPERATURE
 
 TEMPERATURE, TOP_K, TOP_P, MIN_P, KEEP_TAIL = 0, 1, 2, 3, 7
 """Places among the knobs."""
@@ -17,7 +18,8 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, KEEP_TAIL = 0, 1, 2, 3, 7
 def knobs(params: SamplingParams) -> tuple[float, ...]:
     """The per-request scalars in the order that ``gather`` unpacks them."""
     return (
-        params.temperature,
+        # Below the sampler's least it is greedy in all but name.
+        params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0,
         max(params.top_k, 0),
         params.top_p,
         params.min_p,

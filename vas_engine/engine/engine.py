@@ -498,7 +498,7 @@ class Engine:
         arrays = gather(ready, np.array([s.num_candidates for s in ready]))
         selection = select(logits, logit_rows, arrays, self.guide.sampler)
         self._list_alternatives(ready, logits, logit_rows)
-        sound = np.array([bool(np.isfinite(s.state_values).all()) for s in ready])
+        sound = np.array([bool(np.isfinite(s.state_values).all() and np.isfinite(s.utilities).all()) for s in ready])
         self._drop_failed(ready, selection.finite, "logits", events)
         self._drop_failed(ready, sound | ~selection.finite, "values", events)
         fine = selection.finite & sound

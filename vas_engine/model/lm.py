@@ -182,10 +182,11 @@ class CausalLM:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """End-of-sequence tokens of the generation config and of the config."""
+        """End-of-sequence tokens of the generation config and of the config, those there are logits for."""
         sources = (getattr(self.model, "generation_config", None), self.config)
         found = [getattr(source, "eos_token_id", None) for source in sources]
-        return {int(i) for e in found if e is not None for i in (e if isinstance(e, list | tuple) else [e])}
+        named = {int(i) for e in found if e is not None for i in (e if isinstance(e, list | tuple) else [e])}
+        return {i for i in named if 0 <= i < self.vocab_size}
 
     @property
     def layer_shapes(self) -> list[LayerShape]:
