@@ -27,7 +27,7 @@ from vas_engine.engine.memory import free_memory
 from vas_engine.engine.pace import Pace, first_guess, floors, spend
 from vas_engine.engine.rows import Rows, pack, slot
 from vas_engine.engine.scheduler import Scheduler, Work
-from vas_engine.engine.sequence import Sequence
+from vas_engine.engine.sequence import Sequence, SequenceStatus
 from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, nearest
 from vas_engine.kernels.transfer import to_device
 from vas_engine.model.cache import KVCache
@@ -248,9 +248,8 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request at once; the next ``step`` reports its sequences as aborted. Unknown ids are ignored."""
-        for sequence in self._live.pop(request_id, []):
-            self.scheduler.finish(sequence)
-            self._ended.append(TokenEvent(request_id, sequence.index, finish_reason="abort", seed=sequence.seed))
+        for sequence in list(self._live.get(request_id, ())):
+            self._ended += self._end(sequence, finish_reason="abort")
 
     def finish(self, request_id: str, index: int) -> None:
         """End one sample (its text met a stop string, say); no further event comes for it."""
@@ -270,19 +269,21 @@ class Engine:
     def recover(self, error: Exception) -> list[TokenEvent]:
         """After a step that raised: ends every request that took part in it; those that wait are not touched.
 
-        Events that the step had gathered are lost, the end of a sequence among them: what `is_live` does not know
-        any more has ended.
+        What had been gathered until then is reported first. A sample whose end was cut in half has no event: its
+        request is not live afterwards, for a request is ended with all its samples.
 
         Raises:
             RuntimeError: the bookkeeping of pages and queues is broken too; this engine cannot go on.
         """
-        events = []
+        events, self._ended = self._ended, []
         self._flight = None
         for sequences in list(self._live.values()):
-            if any(sequence.is_running for sequence in sequences):
-                # Its pages may be half written.
-                for sequence in list(sequences):
-                    events += self._fail(sequence, error, forget=True)
+            if all(s.status is SequenceStatus.WAITING and not s.forked and not s.index for s in sequences):
+                for sequence in sequences:
+                    sequence.forget()  # it may have been pushed out by the step that raised
+                continue
+            for sequence in list(sequences):
+                events += self._fail(sequence, error, forget=True)  # its pages may be half written
         self.scheduler.check()
         return events
 
@@ -314,9 +315,13 @@ class Engine:
         self._step_started = time.monotonic()
         # What the caller did since the last step is part of the time between tokens, unless there were none to come.
         self._token_started = self._step_started if self._left is None else self._left
-        self._end_overdue(events)
-        with torch.inference_mode():
-            worked = self._advance_flight(events) or self._plan_and_run(events)
+        try:
+            self._end_overdue(events)
+            with torch.inference_mode():
+                worked = self._advance_flight(events) or self._plan_and_run(events)
+        except BaseException:
+            self._ended = events + self._ended  # what has happened is told by `recover`, or the next step
+            raise
         now = time.monotonic()
         if worked:
             self._step_seconds += 0.1 * (now - self._token_started - self._step_seconds)
@@ -337,10 +342,7 @@ class Engine:
     def _end_overdue(self, events: list[TokenEvent]) -> None:
         late = [s for s in self._sequences() if s.deadline is not None and s.deadline <= self._step_started]
         for sequence in late:
-            missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
-            self._remove(sequence)
-            ended = self._event(sequence, finish_reason="length", overdue=True)
-            events += [ended, *(replace(ended, index=i) for i in missing)]
+            events += self._end(sequence, finish_reason="length", overdue=True)
 
     def _prompt_rows(self, pace: Pace) -> int:
         """Rows of prompts that the latency bound leaves beside the sequences that decode."""
@@ -392,8 +394,7 @@ class Engine:
         for i in reversed(drained):
             sequence = ready.pop(i)
             del at[i]
-            self._remove(sequence)
-            events.append(self._event(sequence, finish_reason=sequence.draining, hidden=_take(sequence)))
+            events += self._end(sequence, finish_reason=sequence.draining, hidden=_take(sequence))
         if ready:
             places = np.array(at, np.int64)
             (located,) = to_device([places], self.lm.device)
@@ -468,7 +469,7 @@ class Engine:
             if guided[i]:
                 sequence.state_values, sequence.utilities = drawn.values[i], drawn.utilities[i]
                 sequence.filled = len(sequence.token_ids) + 1
-            events.append(self._accept(sequence, drawn.winners, i, int(evaluated[i])))
+            self._accept(sequence, drawn.winners, i, events, evaluations=int(evaluated[i]))
             if following is not None:
                 sequence.pending = sequence.selection = None
                 self.scheduler.computed(works[i])
@@ -592,12 +593,10 @@ class Engine:
         for i, sequence in enumerate(sequences):
             if not fine[i]:
                 continue
-            event = self._accept(sequence, winners, i, int(evaluated[i]))
-            event.limited = bool(limited[i])
+            top = None if sequence.alternatives is None else self._alternatives(sequence, selection, decision, i)
+            fields = {"evaluations": int(evaluated[i]), "limited": bool(limited[i]), "top_logprobs": top}
+            event = self._accept(sequence, winners, i, events, **fields)
             self.stats.limited_tokens += event.limited
-            if sequence.alternatives is not None:
-                event.top_logprobs = self._alternatives(sequence, selection, decision, i)
-            events.append(event)
             if event.finish_reason is not None:
                 result[i] = -1
         return result
@@ -657,7 +656,8 @@ class Engine:
             if len(winners):
                 network.scorer.commit(winners, targets)
 
-    def _accept(self, sequence: Sequence, winners, i: int, evaluations: int) -> TokenEvent:
+    def _accept(self, sequence: Sequence, winners, i: int, events: list[TokenEvent], **fields) -> TokenEvent:
+        """Append a winner; its event, with what only the caller knows of it, is there before the sequence goes."""
         token = int(winners.token_id[i])
         sequence.token_ids.append(token)
         self.stats.tokens += 1
@@ -669,7 +669,7 @@ class Engine:
             tilted_log_prob=float(winners.tilted_log_prob[i]),
             kl=float(winners.kl[i]),
             values=values,
-            evaluations=evaluations,
+            **fields,
         )
         if sequence.networks and len(sequence.token_ids) == sequence.prompt_len + 1:
             event.prompt_values = self._named(sequence, sequence.prompt_values)
@@ -685,7 +685,8 @@ class Engine:
                 sequence.pending = None
             else:
                 event.hidden = _take(sequence)
-        elif event.finish_reason is not None:
+        events.append(event)
+        if event.finish_reason is not None:
             self._remove(sequence)
         return event
 
@@ -733,12 +734,16 @@ class Engine:
             events += self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception, forget: bool = False) -> list[TokenEvent]:
-        """End a sequence with an error; samples of the same request that were never started end with it."""
-        missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
+        """End a sequence with an error."""
         # What is not finite must not be found again as somebody's prefix.
-        self._remove(sequence, forget or isinstance(error, NonFiniteError))
-        ended = [self._event(sequence, finish_reason="error", error=error)]
-        return ended + [replace(ended[0], index=i) for i in missing]
+        return self._end(sequence, forget or isinstance(error, NonFiniteError), finish_reason="error", error=error)
+
+    def _end(self, sequence: Sequence, forget: bool = False, **fields) -> list[TokenEvent]:
+        """End a sequence; samples of the same request that were never started end with it."""
+        missing = range(1, sequence.params.n) if not sequence.index and not sequence.forked else range(0)
+        ended = self._event(sequence, **fields)
+        self._remove(sequence, forget)
+        return [ended, *(replace(ended, index=i, seed=fork_seed(sequence.seed, i)) for i in missing)]
 
     def _event(self, sequence: Sequence, **fields) -> TokenEvent:
         return TokenEvent(sequence.request_id, sequence.index, seed=sequence.seed, **fields)

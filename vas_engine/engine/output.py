@@ -108,16 +108,17 @@ class OutputFront:
         Raises:
             RuntimeError: the engine cannot go on.
         """
-        touched = self.process(self.engine.recover(error))
+        touched = {output.request_id: output for output in self.process(self.engine.recover(error))}
         lost = [request_id for request_id in self._requests if not self.engine.is_live(request_id)]
         for request_id in lost:
             request = self._requests.pop(request_id)
-            request.start_step()
-            request.output.error = error
+            if request_id not in touched:
+                request.start_step()
+            request.output.error = request.output.error or error
             request.end_all("error")
             request.close_if_done()
-            touched.append(request.output)
-        return touched
+            touched[request_id] = request.output
+        return list(touched.values())
 
     def cancel(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its unfinished completions keep their text, with finish_reason "abort"."""
