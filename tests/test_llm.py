@@ -12,7 +12,8 @@ import vas_engine
 from tests.conftest import shared_model
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
-from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, ValueArtifactError
+from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, ValueArtifactError, VASError
+from vas_engine.interrupt import deferred_interrupt
 from vas_engine.prompts import read_prompts
 from vas_engine.values.artifact import save_value
 from vas_engine.values.config import default_config
@@ -407,6 +408,50 @@ def test_ctrl_c_in_a_stream(llm, monkeypatch):
     assert not llm.engine.has_unfinished
 
 
+def test_a_second_ctrl_c_waits_until_all_is_cancelled(llm, monkeypatch):
+    cancel = llm.engine.cancel
+
+    def interrupted(request_id):
+        cancel(request_id)
+        monkeypatch.setattr(llm.engine, "cancel", cancel)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, llm, 2)
+        patch.setattr(llm.engine, "cancel", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Hi", "Yo"], SamplingParams(ignore_eos=True), use_tqdm=False)
+    assert not llm.engine.has_unfinished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_in_a_step_ends_its_requests(llm, monkeypatch):
+    params = SamplingParams(max_tokens=9, ignore_eos=True, seed=1)
+    expected = llm.generate("Hi", params, use_tqdm=False)
+    stream = llm.stream("Hi", params)
+    next(stream)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, llm, 0)
+        patch.setattr(llm.engine, "_choose", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Yo", params, use_tqdm=False)
+    with pytest.raises(VASError, match="interrupted"):
+        list(stream)
+    assert tokens(llm.generate("Hi", params, use_tqdm=False)) == tokens(expected)
+
+
+def test_ctrl_c_is_not_lost_to_an_error():
+    def interrupted():
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("also")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        interrupted()
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_ctrl_c_while_a_request_is_admitted(llm, monkeypatch, call):
     """The scheduler has it and the rest of the engine does not know it yet."""
@@ -438,6 +483,50 @@ def test_a_failing_step_leaves_nothing_behind(llm, monkeypatch):
         with pytest.raises(RuntimeError, match="gone"):
             llm.generate(["Hi", "Yo"], SamplingParams(ignore_eos=True), use_tqdm=False)
     assert not llm.engine.has_unfinished
+
+
+def fail_in_step(monkeypatch, llm):
+    """The next step raises in its middle, where sequences have been changed already."""
+    whole = llm.engine._choose
+
+    def failing(*arguments):
+        whole(*arguments)
+        monkeypatch.setattr(llm.engine, "_choose", whole)
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(llm.engine, "_choose", failing)
+
+
+def test_a_failing_step_ends_other_streams_too_and_later_calls_work(llm, monkeypatch):
+    params = SamplingParams(max_tokens=9, ignore_eos=True, seed=1)
+    expected = llm.generate("Hi", params, use_tqdm=False)
+    stream = llm.stream("Hi", params)
+    next(stream)
+    fail_in_step(monkeypatch, llm)
+    with pytest.raises(RuntimeError, match="gone"):
+        llm.generate("Yo", params, use_tqdm=False)
+    assert not llm.engine.has_unfinished
+    with pytest.raises(RuntimeError, match="gone"):
+        list(stream)
+    assert tokens(llm.generate("Hi", params, use_tqdm=False)) == tokens(expected)
+
+
+def test_a_failing_step_is_the_error_of_its_requests(monkeypatch):
+    llm = make_llm(max_num_seqs=2)
+    params = SamplingParams(max_tokens=9, ignore_eos=True, seed=1)
+    expected = llm.generate("Hi", params, use_tqdm=False)
+    fail_in_step(monkeypatch, llm)
+    outputs = llm.generate(["Hi"] * 3, params, use_tqdm=False, on_error="return")
+    assert [str(output.error) for output in outputs] == ["the device is gone"] * 2 + ["None"]
+    assert tokens(outputs[2:]) == tokens(expected)
+
+    def failing():
+        raise RuntimeError("nothing works")
+
+    monkeypatch.setattr(llm.engine, "step", failing)  # and ends nothing by that: there is no use in going on
+    llm.engine.recover = lambda error: []
+    with pytest.raises(RuntimeError, match="nothing works"):
+        llm.generate("Hi", params, use_tqdm=False, on_error="return")
 
 
 # -- loading -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 def deferred_interrupt() -> Iterator[None]:
     """Holds a first Ctrl-C back until the block is done; a second one does not wait.
 
+    Where the block raises an error it is the cause of the KeyboardInterrupt that was held back.
     Only in the main thread and over Python's own handler; elsewhere nothing is changed.
     """
     handler = signal.default_int_handler
@@ -30,6 +31,10 @@ def deferred_interrupt() -> Iterator[None]:
     signal.signal(signal.SIGINT, note)
     try:
         yield
+    except Exception as error:
+        if noted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, handler)
     if noted:

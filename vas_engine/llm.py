@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +237,8 @@ class LLM:
             priority: for all, or one for each; smaller runs first.
             on_error: a request that fails (empty, too long, an unknown value, values that are not finite ...)
                 does not disturb the others. "raise" raises its error when they are done, with all outputs in
-                the attribute `outputs` of the exception; "return" leaves it in the output's `error`.
+                the attribute `outputs` of the exception; "return" leaves it in the output's `error`. A step that
+                raises ends all requests that took part in it: "raise" raises at once.
 
         Returns:
             One output a prompt, in order.
@@ -250,7 +252,7 @@ class LLM:
         read = read_prompts(prompts)
         params = _for_each("sampling_params", sampling_params or SamplingParams(), len(read), _check_params)
         priorities = _for_each("priority", priority, len(read), _check_priority)
-        outputs = self._run(list(zip(read, params, priorities, strict=True)), use_tqdm)
+        outputs = self._run(list(zip(read, params, priorities, strict=True)), use_tqdm, lenient=on_error == "return")
         if on_error == "raise":
             _raise_first(outputs)
         return outputs
@@ -329,7 +331,9 @@ class LLM:
 
     # -- inner workings --------------------------------------------------------------------------------------
 
-    def _run(self, requests: list[tuple[Prompt, SamplingParams, int]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: list[tuple[Prompt, SamplingParams, int]], use_tqdm: bool, lenient: bool
+    ) -> list[RequestOutput]:
         self._check_ranks(requests)
         outputs: list[RequestOutput] = []
         bar = tqdm(total=len(requests), disable=not (use_tqdm and ranks.is_first()), unit="request", desc="generate")
@@ -340,13 +344,13 @@ class LLM:
             running = [output for output in outputs if not output.finished]
             bar.update(len(outputs) - len(running))
             while running:
-                self._step()
+                self._step(lenient)
                 still = [output for output in running if not output.finished]
                 _show_progress(bar, outputs, len(running) - len(still))
                 running = still
         finally:
-            bar.close()
             self._abandon(outputs)
+            bar.close()
         return outputs
 
     def _check_ranks(self, requests: list[tuple[Prompt, SamplingParams, int]]) -> None:
@@ -370,18 +374,30 @@ class LLM:
         ids = prompt.encode(self.tokenizer)
         return self._front.add(str(self._count), ids, params, prompt=prompt.text, priority=priority)
 
-    def _step(self) -> None:
+    def _step(self, lenient: bool = False) -> None:
+        """One step. One that raises ends the requests that took part in it, whoever made them, with its error; the
+        others can go on, and with `lenient` nothing is raised if it ended any."""
         with deferred_interrupt():
-            self._front.step()
+            try:
+                self._front.step()
+            except Exception as error:
+                told = self._front.recover(error)
+                if not lenient or all(output.error is not error for output in told):
+                    raise
+            except BaseException:  # a second Ctrl-C cut it in half
+                with suppress(RuntimeError):
+                    self._front.recover(VASError("the step was interrupted"))
+                raise
 
     def _abandon(self, outputs: Sequence[RequestOutput]) -> None:
-        """Cancels what has not finished; afterwards the engine holds nothing of it."""
-        for output in outputs:
-            if not output.finished:
-                self._front.cancel(output.request_id)
-        if not self._front.has_unfinished:
-            while self.engine.has_unfinished:
-                self.engine.step()
+        """Cancels what has not finished; afterwards the engine holds nothing of it. Ctrl-C waits for that."""
+        with deferred_interrupt():
+            for output in outputs:
+                if not output.finished:
+                    self._front.cancel(output.request_id)
+            if not self._front.has_unfinished:
+                while self.engine.has_unfinished:
+                    self.engine.step()
 
 
 def _same(output: RequestOutput, other: RequestOutput) -> bool:
