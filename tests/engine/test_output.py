@@ -233,3 +233,59 @@ def test_json_is_plain():
     assert record["outputs"][0]["values"] == {"kind": [None]}
     assert record["outputs"][0]["logprobs"][0][1]["tilted_logprob"] is None
     assert record["error"] is None
+
+
+class Strict:
+    """A tokenizer that raises on ids that are not its own."""
+
+    all_special_ids = ()
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return bytes(ids).decode(errors="replace")
+
+    def convert_ids_to_tokens(self, token):
+        return bytes([token]).decode("latin-1")
+
+
+def test_ids_beyond_the_tokenizer_are_replacement_marks():
+    front, output = front_with(tokenizer=Strict(), n_ids=(500, 65), logprobs=1)
+    alternatives = [TokenLogprob(300, -1.0, -1.0, {})]
+    for token in (66, 500, 700, 67):
+        front.process([TokenEvent("r", 0, token, top_logprobs=alternatives)])
+    front.process([TokenEvent("r", 0, 300, finish_reason="length")])
+    assert output.outputs[0].text == "B\ufffd\ufffdC\ufffd"
+    assert [{t: e.decoded_token for t, e in position.items()} for position in output.outputs[0].logprobs[:2]] == [
+        {66: "B", 300: None},
+        {500: None, 300: None},
+    ]
+
+
+@pytest.mark.parametrize("way", ["take", "cancel"])
+def test_a_text_that_cannot_be_made_is_the_error_of_its_request(way):
+    front, output = front_with(n=2)
+    other = front.add("s", [65], SamplingParams())
+
+    def broken(*_):
+        raise TypeError("no text")
+
+    detokenizer = front._requests["r"].completions[0].detokenizer
+    detokenizer.flush = broken
+    if way == "take":
+        detokenizer.push = broken
+        front.process([TokenEvent("r", 0, 66), TokenEvent("r", 1, 66), TokenEvent("s", 0, 66)])
+        assert other.outputs[0].text == "B"
+    else:
+        front.process([TokenEvent("r", 0, 66)])
+        front.cancel("r")
+    assert isinstance(output.error, TypeError)
+    assert [o.finish_reason for o in output.outputs] == ["error", "error" if way == "take" else "abort"]
+    assert front.engine.cancelled == ["r"]
+    assert list(front._requests) == ["s"]
+
+
+def test_a_token_drawn_after_the_end_is_not_counted():
+    front, output = front_with(n=2, stop="b")
+    front.process([TokenEvent("r", 0, 97, evaluations=3), TokenEvent("r", 0, 98, evaluations=3)])
+    front.process([TokenEvent("r", 0, 99, evaluations=3), TokenEvent("r", 1, 99, evaluations=3)])
+    assert (output.metrics.generated_tokens, output.metrics.value_evaluations) == (3, 9)
+    assert [len(o.token_ids) for o in output.outputs] == [2, 1]

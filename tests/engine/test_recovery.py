@@ -9,6 +9,7 @@ import pytest
 from tests.engine.conftest import KINDS, drain, engine, generate, llama, network, tokens
 from vas_engine.engine.engine import Engine
 from vas_engine.engine.output import OutputFront
+from vas_engine.errors import InvalidArgumentError
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import fork_seed
 
@@ -177,6 +178,8 @@ def test_samples_that_never_started_end_as_their_request_does(lm) -> None:
     running = engine(lm)
     running.add_request("several", [1, 2, 3], params(n=3))
     running.cancel("several")
+    with pytest.raises(InvalidArgumentError, match="has not been reported"):
+        running.add_request("several", [1, 2, 3], params())  # its events could not be told from these
     ended = running.step()
     assert [(event.index, event.finish_reason) for event in ended] == [(i, "abort") for i in range(3)]
     assert [event.seed for event in ended] == [1, fork_seed(1, 1), fork_seed(1, 2)]

@@ -269,6 +269,21 @@ def test_neither_http_nor_tokenising_holds_the_engine(pool: ThreadPoolExecutor, 
         assert future.result().json()["choices"][0]["text"] == expected
 
 
+def test_a_request_that_cannot_be_taken_in_is_the_only_one_to_fail() -> None:
+    with serving() as served:
+        front = served.state.worker._front
+        whole = front.add
+
+        def broken(*_, **named):
+            front.add = whole
+            raise TypeError("a tokenizer's")
+
+        front.add = broken
+        assert served.post("/v1/completions", ASKED).json()["error"]["code"] == "internal"
+        assert served.post("/v1/completions", ASKED).status_code == 200
+        served.check_idle()
+
+
 def test_a_broken_engine_says_so() -> None:
     llm = make_llm()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character (yet)
@@ -102,11 +103,32 @@ class Detokenizer:
 
 
 def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
-    """The tokenizer's plain decoding; straight from its backend where it has one, several times faster a call."""
+    """The tokenizer's plain decoding; straight from its backend where it has one, several times faster a call.
+
+    Ids that it raises on (a model may have more tokens than its tokenizer) are replacement marks.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        return lambda ids: backend.decode(ids, skip_special_tokens=False)
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def plain(ids: list[int]) -> str:
+        if backend is not None:
+            return backend.decode(ids, skip_special_tokens=False)
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    def known(token: int) -> bool:
+        try:
+            plain([token])
+        except Exception:
+            return False
+        return True
+
+    def decode(ids: list[int]) -> str:
+        try:
+            return plain(ids)
+        except Exception:
+            runs = [(is_known, list(run)) for is_known, run in groupby(ids, known)]
+            return "".join(plain(run) if is_known else REPLACEMENT * len(run) for is_known, run in runs)
+
+    return decode
 
 
 def without_incomplete(text: str) -> str:

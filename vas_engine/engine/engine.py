@@ -137,6 +137,9 @@ class Engine:
         """
         if request_id in self._live:
             raise InvalidArgumentError("request_id", request_id, "already running; give every request its own")
+        if any(event.request_id == request_id for event in self._ended):
+            fix = "its end has not been reported yet; call step() before, or give every request its own"
+            raise InvalidArgumentError("request_id", request_id, fix)
         prompt = [int(token) for token in prompt_ids]
         self._check_prompt(prompt)
         params.check(vocab_size=self.lm.vocab_size, value_names=self.value_names)

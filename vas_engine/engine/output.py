@@ -76,8 +76,8 @@ class OutputFront:
             VASError: the engine refuses the request; nothing is queued.
         """
         ids = list(prompt_ids)
-        self.engine.add_request(request_id, ids, params, priority, salt, deadline)
         request = _Request(request_id, ids, params, prompt, self._pieces)
+        self.engine.add_request(request_id, ids, params, priority, salt, deadline)
         self._requests[request_id] = request
         return request.output
 
@@ -95,7 +95,13 @@ class OutputFront:
             if event.request_id not in touched:
                 touched[event.request_id] = request
                 request.start_step()
-            if request.take(event):
+            try:
+                stopped = request.take(event)
+            except Exception as error:  # a tokenizer's, say: no matter of other requests
+                self.engine.cancel(event.request_id)
+                request.fail(error)
+                continue
+            if stopped:
                 self.engine.finish(event.request_id, event.index)
         for request_id, request in touched.items():
             if request.close_if_done():
@@ -114,8 +120,7 @@ class OutputFront:
             request = self._requests.pop(request_id)
             if request_id not in touched:
                 request.start_step()
-            request.output.error = request.output.error or error
-            request.end_all("error")
+            request.fail(error)
             request.close_if_done()
             touched[request_id] = request.output
         return list(touched.values())
@@ -137,22 +142,25 @@ class OutputFront:
 
 
 class Pieces:
-    """Texts of single tokens, remembered; `pieces[token_id]` is None without a tokenizer, and for ids below 0, which
-    stand for tokens whose ids are not known."""
+    """Texts of single tokens, remembered; `pieces[token_id]` is None without a tokenizer, for ids that are none of
+    its own, and for ids below 0, which stand for tokens whose ids are not known."""
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[int, str] = {}
+        self._known: dict[int, str | None] = {}
 
     def __getitem__(self, token: int) -> str | None:
         if self.tokenizer is None or token < 0:
             return None
         if token not in self._known:
-            self._known[token] = _piece(self.tokenizer, token)
+            try:
+                self._known[token] = _piece(self.tokenizer, token)
+            except Exception:  # what a tokenizer raises on ids beyond its own is its own affair
+                self._known[token] = None
         return self._known[token]
 
 
-def _piece(tokenizer: Any, token: int) -> str:
+def _piece(tokenizer: Any, token: int) -> str | None:
     # Alone it would lose the space that decoders strip from the start of a text.
     once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
     text = twice[len(once) :]
@@ -182,6 +190,9 @@ class _Request:
 
     def take(self, event: TokenEvent) -> bool:
         """Whether a stop string ended the sequence, which the engine does not know yet."""
+        completion = self.completions[event.index]
+        if completion.output.finished:
+            return False  # drawn before the engine was told
         metrics = self.output.metrics
         metrics.value_evaluations += event.evaluations
         metrics.limited_tokens += event.limited
@@ -190,12 +201,21 @@ class _Request:
             metrics.first_token = metrics.first_token or time.monotonic()
         if event.error is not None:
             self.output.error = self.output.error or event.error
-        return self.completions[event.index].take(event)
+        return completion.take(event)
 
     def end_all(self, reason: str) -> None:
         for completion in self.completions:
-            if not completion.output.finished:
+            if completion.output.finished:
+                continue
+            try:
                 completion.end(reason)
+            except Exception as error:  # it ends without the text that was held back
+                self.output.error = self.output.error or error
+                completion.drop()
+
+    def fail(self, error: Exception) -> None:
+        self.output.error = self.output.error or error
+        self.end_all("error")
 
     def close_if_done(self) -> bool:
         if not self.output.finished:
@@ -222,8 +242,6 @@ class _Completion:
         self.hidden: list[torch.Tensor] = []
 
     def take(self, event: TokenEvent) -> bool:
-        if self.output.finished:
-            return False
         self.output.seed = event.seed
         if event.hidden is not None:
             self.hidden.append(event.hidden)
@@ -248,6 +266,10 @@ class _Completion:
             elif reason != "error":
                 self.output.stop_reason, reason = self.stops.matched, "stop"
         self._end(reason)
+
+    def drop(self) -> None:
+        """Ends the sequence, whose text cannot be made, with the text there is."""
+        self._end("error")
 
     def _end(self, reason: str) -> None:
         self.output.finish_reason = reason

@@ -233,7 +233,7 @@ class EngineThread:
         try:
             # The ids are there, or it is an error: texts were encoded elsewhere, off this thread.
             output = self._front.add(stream.request_id, prompt.encode(None), params, **options)
-        except VASError as error:
+        except Exception as error:
             self._tell([(stream, News(None, (), error, True))])
             return
         stream.told = output.metrics.arrival
