@@ -28,6 +28,7 @@ from tests.serving.test_security import resident
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
 from vas_engine.cli import main
+from vas_engine.errors import VASError
 from vas_engine.serving import logs
 
 ASKED = {"model": "tiny", "prompt": "Once", "seed": 5, "max_tokens": 100, "ignore_eos": True}
@@ -298,6 +299,34 @@ def test_a_broken_engine_says_so() -> None:
         with served.client() as client:
             assert (client.get("/health").status_code, client.get("/health").json()) == (503, {"status": "failed"})
         assert served.post("/v1/completions", ASKED).status_code == 503
+
+
+def test_nobody_waits_for_an_engine_that_has_stopped(pool: ThreadPoolExecutor) -> None:
+    """One request in the step that ends it all, one request and one call still in the queue; then all come again."""
+    llm = make_llm()
+    gate = StepGate(llm)
+
+    def broken(*_):
+        raise RuntimeError("beyond repair")
+
+    with serving(llm) as served:
+        worker, loop = served.state.worker, served.server._loop
+        first = pool.submit(served.post, "/v1/completions", ASKED)
+        until(lambda: gate.arrived == 1)
+        second = pool.submit(served.post, "/v1/completions", {**ASKED, "stream": True})
+        until(lambda: worker.open_completions == 2)
+        call = asyncio.run_coroutine_threadsafe(worker.call(lambda engine: 0), loop)
+        until(lambda: worker._calls)
+        gate._step = llm.engine.recover = broken
+        gate.open()
+        assert [future.result(30).status_code for future in (first, second)] == [500, 500]
+        with pytest.raises(VASError, match="has stopped"):
+            call.result(30)
+        with pytest.raises(VASError, match="has stopped"):
+            asyncio.run_coroutine_threadsafe(worker.call(lambda engine: 0), loop).result(30)
+        assert served.post("/v1/completions", ASKED).status_code == 503
+        assert worker.open_completions == 0
+        asyncio.run_coroutine_threadsafe(worker.idle(), loop).result(30)
 
 
 def test_a_stuck_step_is_reported(pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,6 +53,7 @@ class EngineThread:
         self._ids = itertools.count(1)
         self._streams: dict[str, Stream] = {}  # the engine thread's
         self._open: set[Stream] = set()  # the event loop's
+        self._calls: set[asyncio.Future] = set()  # the event loop's
         self._lock = threading.Lock()
         self._news: dict[Stream, News] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -151,7 +152,7 @@ class EngineThread:
         options = {"priority": priority, "salt": salt, "deadline": deadline}
         stream = Stream(str(next(self._ids)), params.n, changed)
         if self.broken is not None:
-            stream.fail(VASError(f"the engine has stopped: {self.broken!r}"))
+            stream.fail(_stopped(self.broken))
             return stream
         self._open.add(stream)
         self._idle.clear()
@@ -164,9 +165,17 @@ class EngineThread:
             self._commands.put(lambda: self._cancel(stream.request_id))
 
     async def call(self, function: Callable[[Engine], T]) -> T:
-        """Runs a function on the engine's thread between two steps and returns its result or raises its error."""
+        """Runs a function on the engine's thread between two steps and returns its result or raises its error.
+
+        Raises:
+            VASError: the engine has stopped.
+        """
+        if self.broken is not None:
+            raise _stopped(self.broken)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
 
         def run() -> None:
             try:
@@ -193,6 +202,18 @@ class EngineThread:
         if not self._open:
             self._idle.set()
 
+    def _give_up(self) -> None:
+        """Tells everybody who waits for the engine that it has stopped; afterwards nobody can begin to."""
+        assert self.broken is not None
+        failure = _stopped(self.broken)
+        self._deliver()
+        for stream in self._open:
+            stream.fail(failure)
+        self._open.clear()
+        for future in list(self._calls):
+            _settle(future, None, failure)
+        self._idle.set()
+
     # -- the engine thread's side ----------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -205,8 +226,9 @@ class EngineThread:
         except BaseException as error:  # nothing can run any more: say so to whoever waits
             self.broken = error
             log.critical("engine stopped", exc_info=error)
-            failure = VASError(f"the engine has stopped: {error!r}")
-            self._tell([(stream, News(None, (), failure, True)) for stream in self._streams.values()])
+            if self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                    self._loop.call_soon_threadsafe(self._give_up)
 
     def _obey(self) -> None:
         """Runs the commands at hand; waits for one if there is nothing else to do."""
@@ -266,6 +288,10 @@ class EngineThread:
         if wake:
             with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody reads any more
                 self._loop.call_soon_threadsafe(self._deliver)
+
+
+def _stopped(error: BaseException) -> VASError:
+    return VASError(f"the engine has stopped: {error!r}")
 
 
 def _settle(future: asyncio.Future, result: Any, error: Exception | None) -> None:
