@@ -245,6 +245,8 @@ def test_chat_renders_the_template():
     for bad in ([], "Hi", [{"content": "Hi"}]):
         with pytest.raises(InvalidArgumentError, match="messages"):
             llm.chat(bad, GREEDY)
+    with pytest.raises(InvalidArgumentError, match="cannot be encoded"):
+        llm.chat([{"role": "user", "content": "a\ud800"}], GREEDY)
     with pytest.raises(InvalidArgumentError, match="refuses"):
         llm.chat(messages, GREEDY, chat_template="{{ raise_exception('no') }}")
 
@@ -295,6 +297,8 @@ def test_bad_requests_fail_alone_and_say_why(guided):
         ([["a"]], {}, "prompts[0]"),
         ({"promt": "a"}, {}, "prompts['promt']"),
         ({"prompt": 5}, {}, "prompts['prompt']"),
+        ({"prompt_token_ids": 5}, {}, "prompts['prompt_token_ids']"),
+        (["a", "b"], {"sampling_params": []}, "sampling_params"),
         ("a", {"sampling_params": {"n": 2}}, "sampling_params"),
         (["a", "b"], {"sampling_params": [GREEDY]}, "sampling_params"),
         (["a", "b"], {"priority": [1]}, "priority"),

@@ -250,7 +250,8 @@ class LLM:
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
         read = read_prompts(prompts)
-        params = _for_each("sampling_params", sampling_params or SamplingParams(), len(read), _check_params)
+        given = SamplingParams() if sampling_params is None else sampling_params
+        params = _for_each("sampling_params", given, len(read), _check_params)
         priorities = _for_each("priority", priority, len(read), _check_priority)
         outputs = self._run(list(zip(read, params, priorities, strict=True)), use_tqdm, lenient=on_error == "return")
         if on_error == "raise":
@@ -303,7 +304,7 @@ class LLM:
         read = read_prompts(prompt)
         if len(read) != 1:
             raise InvalidArgumentError("prompt", prompt, "stream takes one prompt; use generate for several")
-        params = _check_params("sampling_params", sampling_params or SamplingParams())
+        params = _check_params("sampling_params", SamplingParams() if sampling_params is None else sampling_params)
         return self._stream(read[0], params, _check_priority("priority", priority))
 
     def _stream(self, prompt: Prompt, params: SamplingParams, priority: int) -> Iterator[RequestOutput]:

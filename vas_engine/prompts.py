@@ -84,7 +84,7 @@ def read_prompt(prompt: Any, where: str = "prompt") -> Prompt:
         return prompt
     if isinstance(prompt, str):
         return Prompt(text=prompt)
-    if _are_ids(prompt) or (isinstance(prompt, Sequence) and not prompt):
+    if _are_ids(prompt) or _is_empty(prompt):
         return Prompt(token_ids=[int(token) for token in prompt])
     if not isinstance(prompt, Mapping):
         raise InvalidArgumentError(where, prompt, f"must be {_FORMS}")
@@ -96,7 +96,7 @@ def read_prompt(prompt: Any, where: str = "prompt") -> Prompt:
         raise InvalidArgumentError(where, dict(prompt), f"must be {_FORMS}")
     if text is not None and not isinstance(text, str):
         raise InvalidArgumentError(f"{where}['prompt']", text, "must be a text")
-    if ids is not None and not _are_ids(ids) and len(ids):
+    if ids is not None and not _are_ids(ids) and not _is_empty(ids):
         raise InvalidArgumentError(f"{where}['prompt_token_ids']", ids, "must be a list of token ids")
     return Prompt(text, None if ids is None else [int(token) for token in ids])
 
@@ -109,6 +109,11 @@ def _are_ids(prompt: Any) -> bool:
     if not isinstance(items, Sequence) or not items:
         return False
     return all(isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items)
+
+
+def _is_empty(prompt: Any) -> bool:
+    """Whether this is an empty list: no ids, which the engine refuses."""
+    return isinstance(prompt, Sequence) and not prompt
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -57,8 +57,12 @@ def render_chat(tokenizer: Any | None, messages: Any, **options: Any) -> Prompt:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # templates raise what they like
         raise InvalidArgumentError("messages", messages, f"the chat template refuses them: {error}") from error
-    # The template writes the special tokens itself.
-    return Prompt(text, list(tokenizer.encode(text, add_special_tokens=False)))
+    try:
+        # The template writes the special tokens itself.
+        return Prompt(text, list(tokenizer.encode(text, add_special_tokens=False)))
+    except (TypeError, ValueError, OverflowError) as error:
+        fix = f"cannot be encoded ({error}); give valid Unicode text"
+        raise InvalidArgumentError("messages", messages, fix) from error
 
 
 def as_prompt(tokenizer: Any | None, prompt: Any, where: str = "prompt") -> Prompt:
