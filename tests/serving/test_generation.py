@@ -193,6 +193,29 @@ def test_best_of_by_a_served_value(served: Served, offline: LLM) -> None:
 # -- log-probabilities ---------------------------------------------------------------------------------------
 
 
+def test_best_of_where_no_token_came_in_time(served: Served) -> None:
+    counted = 'vllm:request_success_total{finished_reason="length",model_name="tiny"}'
+
+    def count() -> float:
+        with served.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(counted))
+
+    before = count()
+    answer = served.complete(n=1, best_of=3, vas_best_of="kind", vas_deadline_ms=1e-6)
+    assert [choice["stop_reason"] for choice in answer["choices"]] == ["deadline"]
+    assert answer["choices"][0]["text"] == ""
+    assert count() == before + 3
+
+
+def test_a_request_that_can_never_be_taken_in_is_told_so() -> None:
+    with serving(make_llm(max_num_seqs=2), max_waiting=3) as small:
+        assert "never takes more than 5" in refused(small, "n", n=6)
+        assert "never takes more than 5" in refused(small, "n", prompt=["a", "b"], n=3)
+        assert "never takes more than 5" in refused(small, "n", "/v1/chat/completions", n=6)
+        assert len(small.complete(n=5, max_tokens=2)["choices"]) == 5
+
+
 def test_logprobs_before_and_after_the_tilt(served: Served, offline: LLM) -> None:
     expected = run(offline, "Once", guided_params(logprobs=3))[0]
     asked = {"seed": 5, "max_tokens": 12, "vas_return_candidates": 3, **GUIDED}
@@ -253,6 +276,8 @@ def test_errors_name_the_field(served: Served) -> None:
     refused(served, "priority", priority=-1)
     chat = "/v1/chat/completions"
     assert "set logprobs" in refused(served, "top_logprobs", chat, top_logprobs=1)
+    surrogate = [{"role": "user", "content": "a\ud800"}]
+    assert "Unicode" in refused(served, "messages", chat, messages=surrogate)
     refused(served, "response_format", chat, response_format={"type": "json_object"})
     refused(served, "tools", chat, tools=[])
     with served.client() as client:

@@ -125,7 +125,11 @@ class State:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
     def admit(self, completions: int) -> None:
-        """Refuses a request while the server shuts down or too many wait."""
+        """Refuses a request that can never be taken in, and any while the server shuts down or too many wait."""
+        most = self.worker.places + self.settings.max_waiting
+        if completions > most:
+            fix = f"{completions} completions (prompts times n, or best_of): this server never takes more than {most}"
+            raise ServingError(400, f"n: {fix}; split the request", param="n", code="limit")
         if self.draining:
             raise overloaded(503, "the server is shutting down", 10)
         if self.worker.broken is not None:
@@ -380,20 +384,20 @@ async def _answer(
     options = {"priority": body.priority or 0, "salt": salt, "deadline": deadline}
     request.scope["state"]["told"] |= {"stream": bool(body.stream), "model": body.model}
     work = Work(state, prompts, job.params, options, request.scope["state"]["told"])
+    streaming = False  # a stream closes its work itself
     try:
         await _unless_gone(request, work.accepted())
         if body.stream:
             wanted = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return EventStream(_chunks(work, reply, wanted), work, state.settings.write_timeout)
-        outputs = await _unless_gone(request, work.results())
-        work.close()
-        return json_response(reply.response(outputs))
+            stream = EventStream(_chunks(work, reply, wanted), work, state.settings.write_timeout)
+            streaming = True
+            return stream
+        return json_response(reply.response(await _unless_gone(request, work.results())))
     except Exception as error:
-        work.close()
         raise _reported(error) from error
-    except asyncio.CancelledError:
-        work.close()
-        raise
+    finally:
+        if not streaming:
+            work.close()
 
 
 class Work:
@@ -413,6 +417,7 @@ class Work:
         told: dict[str, Any],
     ) -> None:
         self.state, self._told = state, told
+        self._closed = False
         self._changed = asyncio.Event()
         self.streams = [state.worker.submit(prompt, params, self._changed, **options) for prompt in prompts]
         self._timer = asyncio.get_running_loop().call_later(state.settings.request_timeout, self._expire)
@@ -462,7 +467,10 @@ class Work:
             stream.fail(TimeoutError(f"the request took longer than {limit:g} s and was cancelled"))
 
     def close(self) -> None:
-        """Cancels what has not ended, and tells what there was."""
+        """Cancels what has not ended, and tells what there was; again is harmless."""
+        if self._closed:
+            return
+        self._closed = True
         self._timer.cancel()
         for stream in self.streams:
             self.state.worker.cancel(stream)

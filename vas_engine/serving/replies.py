@@ -60,7 +60,8 @@ class Reply:
     def _merit(self, completion: CompletionOutput) -> float:
         if self.job.rank_by is None:
             return completion.cumulative_logprob / max(len(completion.token_ids), 1)
-        return completion.values[self.job.rank_by][-1]
+        series = completion.values[self.job.rank_by]
+        return series[-1] if series else -math.inf  # its deadline came before its first token
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
