@@ -190,6 +190,28 @@ def test_return_hidden_states(llm):
     torch.testing.assert_close(output.hidden_states, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [None, "reader", "lookahead"])
+def test_hidden_states_end_with_the_last_token_where_a_stop_string_ends_the_text(kind):
+    bare = make_llm()
+    llm = make_llm(values={"v": ValueNetwork(default_config(kind, bare.lm, ["v"]))}) if kind else bare
+    values = {"v": 1.0} if kind else {}
+    params = SamplingParams(n=2, max_tokens=30, seed=4, ignore_eos=True, values=values, num_candidates=4)
+    whole = llm.generate("Hi", params, use_tqdm=False)[0].outputs[0]
+    stop = next(character for character in whole.text[3:] if character.isascii())
+    stopped = params.replace(stop=stop, return_hidden_states=True)
+    outputs = llm.generate(["Hi", "Yo"], stopped, use_tqdm=False)
+    model = tiny_llama().eval()
+    assert outputs[0].outputs[0].finish_reason == "stop"
+    for output in outputs:
+        for completion in output.outputs:
+            ids = torch.tensor([[*output.prompt_token_ids, *completion.token_ids]])
+            with torch.no_grad():
+                expected = model(ids, output_hidden_states=True).hidden_states[-1][0]
+            torch.testing.assert_close(completion.hidden_states, expected, rtol=1e-4, atol=1e-4)
+    assert outputs[0].metrics.generated_tokens == sum(len(o.token_ids) for o in outputs[0].outputs)
+    assert not llm.engine.has_unfinished
+
+
 # -- streams and chats ---------------------------------------------------------------------------------------
 
 

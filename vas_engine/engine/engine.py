@@ -255,10 +255,16 @@ class Engine:
             self._ended += self._end(sequence, finish_reason="abort")
 
     def finish(self, request_id: str, index: int) -> None:
-        """End one sample (its text met a stop string, say); no further event comes for it."""
+        """End one sample (its text met a stop string, say); no further event comes for it, but for one with the last
+        token's state and the end where the request returns hidden states."""
         for sequence in self._live.get(request_id, []):
             if sequence.index == index:
-                self._remove(sequence)
+                if not sequence.params.return_hidden_states:
+                    self._remove(sequence)
+                elif sequence.num_hidden >= len(sequence.token_ids):
+                    self._ended += self._end(sequence, finish_reason="stop", hidden=_take(sequence))
+                else:
+                    sequence.draining, sequence.pending = sequence.draining or "stop", None
                 return
 
     def bound_latency(self, seconds: float | None) -> None:

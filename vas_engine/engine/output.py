@@ -245,13 +245,15 @@ class _Completion:
         self.output.seed = event.seed
         if event.hidden is not None:
             self.hidden.append(event.hidden)
-        if event.token_id is not None:
+        told = self.stops.matched is not None
+        if event.token_id is not None and not told:
             self._count(event, event.token_id)
             self._print(event, event.token_id)
         if self.stops.matched is not None:
             self.output.stop_reason = self.stops.matched
-            self._end("stop")
-            return event.finish_reason is None
+            if event.finish_reason is not None or not self.params.return_hidden_states:
+                self._end("error" if event.finish_reason == "error" else "stop")
+            return event.finish_reason is None and not told
         if event.finish_reason is not None:
             self.output.stop_reason = self._stop_token(event)
             self.end(event.finish_reason)
