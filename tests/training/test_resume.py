@@ -48,9 +48,18 @@ def interrupt(network, folder, epoch: int) -> None:
     network.train_values = interrupting
 
 
-@pytest.mark.parametrize("taught", [False, True])
-@pytest.mark.parametrize("options", [{}, {"cache_memory": 0}])
-def test_goes_on_exactly(lm, solution, rollouts, tmp_path, taught, options):
+@pytest.mark.parametrize(
+    ("taught", "options", "every"),
+    [
+        (False, {}, 0),
+        (False, {}, 1),  # with a critic
+        (False, {"cache_memory": 0}, 0),
+        (True, {}, 0),
+        (True, {"cache_memory": 0}, 0),
+    ],
+)
+def test_goes_on_exactly(lm, solution, tmp_path, taught, options, every):
+    rollouts = sample(lm, solution, 300, every=every)
     config = FitConfig(**SETTINGS, **options, teacher_share=0.5, lora_rank=2 if taught else None)
     given = {"teacher": ExactValue(solution) if taught else None, "use_tqdm": False}
     whole = networks(lm, rollouts)

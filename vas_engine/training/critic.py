@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,21 +51,31 @@ class Critic(nn.Module):
     Args:
         network: whose values are trained.
         rollouts: with partial rewards.
+        train: which of them are trained on; moments are theirs.
         rewards: names of the rewards of its heads, M of them.
         seed: of the initial weights.
 
     Attributes:
+        mean, std: float32 [M], of the final rewards: what returns and values are counted from and in.
         every: tokens from one partial reward to the next.
-        partial: float32 [rollouts, parts, M], in standard deviations from the mean like all that the critic says.
+        partial: float32 [rollouts, parts, M], the reward so far less the mean of all beginnings of that length, since
+            rewards that accumulate are far below the final ones until the end. In standard deviations of these or of
+            the final rewards, whichever is larger: what hardly varies so early, or in few responses so long, is not
+            blown up.
     """
 
-    def __init__(self, network: Any, rollouts: Rollouts, rewards: list[str], seed: int = 0) -> None:
+    def __init__(
+        self, network: Any, rollouts: Rollouts, train: Sequence[int], rewards: list[str], seed: int = 0
+    ) -> None:
         super().__init__()
-        whole = rollouts.rewards(rewards)
+        whole = rollouts.rewards(rewards)[list(train)]
         device = next(network.heads.parameters()).device
         self.mean, self.std = (moment.float().to(device) for moment in (whole.mean(0), whole.std(0)))
         self.every = rollouts.header.part_tokens
-        self.partial = (rollouts.partial_rewards(rewards) - self.mean.cpu()) / self.std.cpu()
+        parts = rollouts.partial_rewards(rewards)
+        ours = parts[list(train)]
+        spread = (ours - ours.nanmean(0)).square().nanmean(0).sqrt()
+        self.partial = (parts - ours.nanmean(0)) / torch.maximum(spread, self.std.cpu())
         self.longest = float(rollouts.header.settings["max_tokens"])
         width, count = network.heads.width, len(rewards)
         with torch.random.fork_rng(devices=[]):

@@ -127,9 +127,9 @@ def fit_all(
     master = Teacher(teacher, base, config) if teacher is not None else None
     # Before adapters are put into value models.
     identity = _identity(networks, rollouts, config, teacher) if checkpoint is not None else {}
-    trainees = [Trainee(base, network, rollouts, config, master) for network in networks]
+    trainees = [Trainee(base, network, rollouts, train, config, master) for network in networks]
     for trainee in trainees:
-        _check_rewards(trainee, heldout)
+        _check_rewards(trainee, train, heldout)
     place = Checkpoint(checkpoint, identity) if checkpoint is not None else None
     course = Course(base, rollouts, config, train, heldout, trainees, master, place)
     if states is not None:
@@ -170,9 +170,10 @@ def _identity(networks: Sequence[Any], rollouts: Rollouts, config: FitConfig, te
     return found
 
 
-def _check_rewards(trainee: Trainee, heldout: list[int]) -> None:
+def _check_rewards(trainee: Trainee, train: list[int], heldout: list[int]) -> None:
     for head, column in zip(trainee.network.config.heads, trainee.rewards.unbind(1), strict=True):
         _check_varies(column, head.reward or head.name)
+        _check_varies(column[train], f"{head.reward or head.name} (training part)")
         _check_varies(column[heldout], f"{head.reward or head.name} (held-out part)")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -40,7 +40,13 @@ class Trainee:
     """
 
     def __init__(
-        self, base: FrozenBase, network: Any, rollouts: Rollouts, config: FitConfig, teacher: Teacher | None
+        self,
+        base: FrozenBase,
+        network: Any,
+        rollouts: Rollouts,
+        train: Sequence[int],
+        config: FitConfig,
+        teacher: Teacher | None,
     ) -> None:
         self.base, self.network, self.teacher = base, network, teacher
         self.heads = network.heads
@@ -57,7 +63,7 @@ class Trainee:
         self.shares = [self._teacher_share(index) for index in range(len(names))]
         self.critic: Critic | None = None
         if self._learns_returns and partial and self.config.asks_critic:
-            self.critic = Critic(network, rollouts, names, config.seed)
+            self.critic = Critic(network, rollouts, train, names, config.seed)
         # Of the returns' errors.
         scales = torch.tensor([head.scale for head in network.config.heads], device=base.device)
         self.unit = scales if self.critic is None else self.critic.std
