@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,20 @@ def test_what_is_seldom_is_not_blown_up(network):
     yes[0, 0] = 1.0
     rare = Critic(network, made(yes, yes[:, -1]), range(200), ["x"])
     assert float(rare.partial.abs().max()) < 2.1
+
+
+def test_discounted_rewards_are_learnt_from_whole_rewards(lm, solution):
+    """A critic would count from the rewards' mean, and teach mean + γ^k (R - mean)."""
+    parts = sample(lm, solution, 100, every=1)
+    plain = Rollouts(replace(parts.header, settings={}), parts.rollouts)
+    found = []
+    for rollouts in (parts, plain):
+        network = make_network(lm, "side", [head_for(rollouts, "length")])
+        with pytest.warns(UserWarning, match="gamma=0.5 leaves") if rollouts is parts else nullcontext():
+            report = fit(lm, network, rollouts, FitConfig(epochs=1, gamma=0.5), use_tqdm=False)
+        assert not report.settings["critic"]
+        found.append(torch.cat([p.flatten() for p in network.parameters()]))
+    assert torch.equal(*found)
 
 
 def test_a_reward_that_training_never_sees_vary(lm, solution):

@@ -41,6 +41,29 @@ def test_discount(lm, rollouts):
     assert float(predict(lm, network, [()])[0, 0]) == pytest.approx(expected, abs=0.1)
 
 
+def test_discounted_rewards_lie_within_a_head_made_for_them(lm, rollouts):
+    """Rewards from 1 to 4, far from the end close to 0."""
+    for options in ({"bounded": True}, {"distributional": True, "bins": 41}):
+        head = head_for(rollouts, "length", gamma=0.5, **options)
+        assert head.interval == (0.0, 4.0)
+        network = make_network(lm, "side", [head])
+        fit(lm, network, rollouts, FitConfig(epochs=2, batch_tokens=256, gamma=0.5), use_tqdm=False)
+        expected = sum(0.5 ** len(r.response_ids) * r.rewards["length"] for r in rollouts) / len(rollouts)
+        assert float(predict(lm, network, [()])[0, 0]) == pytest.approx(expected, abs=0.15)
+        undiscounted = make_network(lm, "side", [head_for(rollouts, "length", **options)])
+        with pytest.raises(InvalidArgumentError, match="widen it to hold 0"):
+            fit(lm, undiscounted, rollouts, FitConfig(gamma=0.5), use_tqdm=False)
+    # With a margin for HL-Gauss, and rewards below 0.
+    support = head_for(rollouts, "length", distributional=True, gamma=0.5, sigma=0.75).support
+    assert support.min < 0.0 < 4.0 < support.max
+    debts = [
+        r.__class__(**{**r.__dict__, "rewards": {"points": -2.0 - i}}) for i, r in enumerate(rollouts.rollouts[:3])
+    ]
+    header = Header({}, {}, {"points": {"bounds": None}})
+    assert head_for(Rollouts(header, debts), "points", bounded=True, gamma=0.5).bounds == (-4.0, 0.0)
+    assert head_for(Rollouts(header, debts), "points", bounded=True).bounds == (-4.0, -2.0)
+
+
 def test_several_heads_and_networks_share_one_pass_of_the_base(lm, rollouts, monkeypatch):
     few = Rollouts(rollouts.header, rollouts.rollouts[:400])
     heads = [head_for(few, "points"), head_for(few, "length")]

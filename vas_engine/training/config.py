@@ -26,7 +26,7 @@ class FitConfig:
         weight_decay: of matrices; biases and gains have none.
         lam: λ of TD(λ); 1 is Monte Carlo. With partial rewards in the rollouts the returns bootstrap from a critic
             that knows them (see `vas_engine.training.critic`), from part to part. None: 0.8 there, else 1.
-        gamma: discount per token.
+        gamma: discount per token; below 1 partial rewards are left aside.
         consistency: weight of the one-step consistency of V beside the returns (see
             `vas_engine.training.loss.consistency_loss`), reached as the learning rate falls: large steps and a strong
             bootstrap lead astray. None: 50 with a critic, else 0.

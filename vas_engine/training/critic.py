@@ -56,7 +56,8 @@ class Critic(nn.Module):
         seed: of the initial weights.
 
     Attributes:
-        mean, std: float32 [M], of the final rewards: what returns and values are counted from and in.
+        mean, std: float32 [M], of the final rewards: what returns and values are counted from and in. Discounting what
+            is so counted would teach mean + γ^k (R - mean) instead of γ^k R; hence γ = 1.
         every: tokens from one partial reward to the next.
         partial: float32 [rollouts, parts, M], the reward so far less the mean of all beginnings of that length, since
             rewards that accumulate are far below the final ones until the end. In standard deviations of these or of
@@ -93,15 +94,13 @@ class Critic(nn.Module):
         seen = torch.cat([features, rewards, share, earned], -1)
         return earned + self.output(F.silu(self.hidden(seen)))
 
-    def losses(
-        self, heads: Any, output: Tensor, features: Tensor, batch: Batch, lam: float, gamma: float
-    ) -> CriticLosses:
+    def losses(self, heads: Any, output: Tensor, features: Tensor, batch: Batch, lam: float) -> CriticLosses:
         """Judge a batch.
 
         Args:
             heads: scalar ones, or of two atoms.
             output: [B, T, O] float32 of all states. features: [B, T, width], what it was made of.
-            lam: λ from one partial reward to the next. gamma: discount per token.
+            lam: λ from one partial reward to the next.
         """
         partial = self.partial[list(batch.indices)].to(output.device)
         count = torch.arange(1, partial.shape[1] + 1, device=output.device)
@@ -122,7 +121,7 @@ class Critic(nn.Module):
             marks = torch.zeros(values.shape[:2], dtype=torch.bool, device=output.device).scatter_(1, places, True)
             # The last state's reward is known: no bootstrap there.
             marks &= torch.arange(values.shape[1], device=output.device) < batch.last[:, None]
-            after = lambda_returns(spread, rewards, batch.last, lam, gamma, marks)
+            after = lambda_returns(spread, rewards, batch.last, lam, known=marks)
             targets = torch.where(marks[..., None], (1 - lam) * spread + lam * after, after)
         # A state that is marked has W itself in its target: what the critic knows is carried over into V.
         plain = batch.mean(0.5 * (values - targets).square())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,17 +40,20 @@ def head_for(
     bounded: bool = False,
     bins: int = SUPPORT_BINS,
     sigma: float = 0.0,
+    gamma: float = 1.0,
     name: str | None = None,
 ) -> HeadConfig:
     """Settings of a head for one reward, scaled to the rewards at hand.
 
     A plain head starts from their mean and counts in their standard deviations. A bounded head keeps to the
     reward's known bounds, and the atoms of a distributional one span them; where none are known, the rewards'
-    own range. With ``sigma`` (HL-Gauss, in steps between atoms) they reach three sigmas further on both sides, so
-    that a Gaussian around the best reward is not cut off and its mean pulled inwards.
+    own range. With γ < 1 either holds 0 as well, which discounted rewards tend to. With ``sigma`` (HL-Gauss, in steps
+    between atoms) the atoms reach three sigmas further on both sides, so that a Gaussian around the best reward is not
+    cut off and its mean pulled inwards.
 
     Args:
         bins: atoms of a distributional head, all in all.
+        gamma: discount per token that it is to be trained with.
 
     Raises:
         InvalidArgumentError: settings that cannot work.
@@ -58,6 +62,8 @@ def head_for(
     rewards = rollouts.rewards([reward])[:, 0]
     _check_varies(rewards, reward)
     low, high = rollouts.header.rewards[reward].get("bounds") or (float(rewards.min()), float(rewards.max()))
+    if gamma != 1.0:
+        low, high = min(low, 0.0), max(high, 0.0)
     name = name or reward
     if distributional and bounded:
         raise InvalidArgumentError("bounded", True, "a distributional head is bounded already; leave one out")
@@ -113,14 +119,17 @@ def fit_all(
 
     Raises:
         TrainingDataError: rollouts of another model, too few of them, or a reward that does not vary.
-        InvalidArgumentError: a head whose reward the rollouts or the teacher do not have, or a checkpoint of
-            another fit.
+        InvalidArgumentError: a head whose reward the rollouts or the teacher do not have, one whose interval leaves
+            out 0 with γ < 1, or a checkpoint of another fit.
         NonFiniteError: the loss is not finite.
     """
     config = config or FitConfig()
     _check_model(lm, rollouts)
     if config.lora_rank and not any(network.config.kind == "model" for network in networks):
         raise InvalidArgumentError("lora_rank", config.lora_rank, "only a network of kind 'model' has adapters")
+    if config.gamma != 1.0 and rollouts.header.part_tokens:
+        what = f"gamma={config.gamma:g} leaves the rollouts' partial rewards aside"
+        warnings.warn(f"{what}: values are learnt from whole rewards", stacklevel=2)
     train, heldout, holdout_by = split(rollouts, config.holdout, config.holdout_by, config.seed)
     everyone = [*networks, teacher] if teacher is not None else list(networks)
     base = FrozenBase(lm, everyone, logits=teacher is not None)
@@ -172,9 +181,15 @@ def _identity(networks: Sequence[Any], rollouts: Rollouts, config: FitConfig, te
 
 def _check_rewards(trainee: Trainee, train: list[int], heldout: list[int]) -> None:
     for head, column in zip(trainee.network.config.heads, trainee.rewards.unbind(1), strict=True):
-        _check_varies(column, head.reward or head.name)
-        _check_varies(column[train], f"{head.reward or head.name} (training part)")
-        _check_varies(column[heldout], f"{head.reward or head.name} (held-out part)")
+        name, (low, high) = head.reward or head.name, head.interval
+        _check_varies(column, name)
+        _check_varies(column[train], f"{name} (training part)")
+        _check_varies(column[heldout], f"{name} (held-out part)")
+        if trainee.config.gamma != 1.0 and not low <= 0.0 <= high:
+            fix = f"head {head.name!r} keeps V in [{low:g}, {high:g}], and discounted rewards tend to 0"
+            raise InvalidArgumentError(
+                "gamma", trainee.config.gamma, f"{fix}: widen it to hold 0, as head_for does with gamma"
+            )
 
 
 def _check_varies(rewards: torch.Tensor, name: str) -> None:

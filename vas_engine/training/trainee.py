@@ -52,9 +52,10 @@ class Trainee:
         self.heads = network.heads
         names = [head.reward or head.name for head in network.config.heads]
         self.rewards = rollouts.rewards(names)
-        # What W says is a mean; a distribution that this does not tell is learnt from whole rewards.
+        # What W says is a mean; a distribution that this does not tell is learnt from whole rewards, as is what γ makes
+        # of them.
         means = all(head.support is None or head.support.bins == 2 for head in network.config.heads)
-        partial = bool(rollouts.header.part_tokens) and means
+        partial = bool(rollouts.header.part_tokens) and means and config.gamma == 1.0
         self.config = config.for_rollouts(partial)
         assert self.config.lam is not None
         self.lam = self.config.lam
@@ -149,7 +150,7 @@ class Trainee:
                 value_loss(heads, states, batch.rewards, batch.last, self.lam, config.gamma, bootstrap, config.spread)
             )
         else:
-            found = self.critic.losses(heads, states, features, batch, self._critic_lam(), config.gamma)
+            found = self.critic.losses(heads, states, features, batch, self._critic_lam())
             losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
         if strength := self._consistency():
             values = heads.mean(states) / self.unit
