@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vas_engine.engine.blocks import BlockManager
-from vas_engine.engine.scheduler import Plan, Scheduler, Work
+from vas_engine.engine.scheduler import PATIENCE, Plan, Scheduler, Work
 from vas_engine.engine.sequence import Sequence, SequenceStatus
 from vas_engine.errors import InvalidArgumentError, KVCacheError
 
@@ -50,6 +50,30 @@ def test_a_prompt_then_one_token_a_step() -> None:
     assert shape(step(scheduler)) == [("a", 5, 1)]
     assert shape(step(scheduler)) == [("a", 6, 1)]
     assert a.num_computed == len(a.token_ids) - 1
+
+
+def test_where_prompts_get_no_rows_those_that_wait_get_some_now_and_then() -> None:
+    """As under a bound on latency that steps exceed without any prompt."""
+    scheduler = make(caching=False)
+    decoding(scheduler, ask("long", 4))
+    for name in "ab":
+        scheduler.add(ask(name, 9))
+    seen = []
+    for number in range(4 * PATIENCE):
+        plan = scheduler.schedule(prompt_rows=0)
+        for work in plan.works:
+            scheduler.computed(work)
+            if work.completes:
+                work.sequence.token_ids.append(1)
+        seen += [
+            (work.sequence.request_id, work.count, number)
+            for work in plan.works
+            if work.sequence.prompt_len > work.start
+        ]
+    # What the end of one prompt leaves of its rows the next one takes.
+    chunks = [("a", 5), ("a", 4), ("b", 1), ("b", 5), ("b", 3)]
+    assert [(name, count) for name, count, _ in seen] == chunks
+    assert seen[0][2] == PATIENCE
 
 
 def decoding(scheduler: Scheduler, *sequences: Sequence) -> list[Sequence]:

@@ -13,6 +13,8 @@ from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.sequence import Sequence, SequenceStatus
 from vas_engine.errors import InvalidArgumentError, KVCacheError
 
+PATIENCE = 8  # steps that may leave the waiting sequences no rows for a prompt, one after the other
+
 _ORDER = attrgetter("order")
 
 
@@ -90,6 +92,7 @@ class Scheduler:
         self._decode_rows = 0  # rows of a step in which every running sequence decodes
         self._spare_rows = 0  # rows left in the current step, for children forked during it
         self._turn = 0
+        self._passed_over = 0  # steps in a row in which nothing was admitted though something waited
 
     @property
     def has_work(self) -> bool:
@@ -177,17 +180,20 @@ class Scheduler:
 
         Args:
             prompt_rows: rows that prompts may take beside the decoding sequences (a prompt in progress always gets
-                some); None is what the budget holds.
+                some, and so does one that waits after PATIENCE steps without); None is what the budget holds.
         """
         plan = Plan()
         self._make_way(plan)
         prefills = self._plan_decodes(plan)
         most = self.max_num_batched_tokens
         if prompt_rows is not None and plan.works:
-            least = self.blocks.block_size + prefills[0].rows_per_token if prefills else 0
+            first = prefills[0] if prefills else None
+            if first is None and self._waiting and self._passed_over >= PATIENCE:
+                first = self._waiting[0]
+            least = 0 if first is None else self.blocks.block_size + first.rows_per_token
             most = min(most, plan.rows + max(prompt_rows, least))
         budget = most - plan.rows
-        kept = 0
+        kept, left = 0, len(self._waiting)
         for sequence in prefills:
             kept += self._plan_chunk(sequence, plan, budget - kept)
             budget = most - plan.rows
@@ -198,6 +204,7 @@ class Scheduler:
             self._admit(head)
             kept += self._plan_chunk(head, plan, budget - kept)
             budget = most - plan.rows
+        self._passed_over = self._passed_over + 1 if self._waiting and len(self._waiting) == left else 0
         self._spare_rows = self.max_num_batched_tokens - plan.rows
         return plan
 
