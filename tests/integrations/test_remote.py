@@ -621,6 +621,11 @@ def test_what_an_endpoint_cannot_do_is_named_before_any_request(world, options: 
         remote(world, "http://127.0.0.1:9/v1").generate(TEXT, SamplingParams(**{"max_tokens": 4, **options}))
 
 
+def test_no_parameters_at_all_are_not_the_default_ones(world) -> None:
+    with pytest.raises(InvalidArgumentError, match="give one for all prompts, or 2"):
+        remote(world, "http://127.0.0.1:9/v1").generate(PROMPTS[:2], [])
+
+
 def test_values_that_cannot_serve_are_named(world, tmp_path) -> None:
     model = plain_model(world.lm)
     save_value(tmp_path / "side", bound("side", model))

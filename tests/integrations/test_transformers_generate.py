@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 from collections import Counter
 
 import pytest
@@ -24,6 +25,7 @@ from tests.integrations.conftest import EOS, KINDS, PAD, PROMPTS, bound, guided_
 from tests.oracle import chi_squared_p, enumerate_policy
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import InvalidArgumentError, SamplingParams, UnsupportedModelError
+from vas_engine.engine.engine import Engine
 from vas_engine.integrations.transformers import load_values, vas_generate
 
 WEIGHTS = {"kind": 2.0}
@@ -230,6 +232,27 @@ def test_stopping_criteria_are_asked_after_every_token(model) -> None:
         model, do_sample=True, seed=5, num_return_sequences=2, stopping_criteria=StoppingCriteriaList([EndsAt(11)])
     )
     assert rows == [row[:4] for row in whole]
+
+
+class Raising(StoppingCriteria):
+    def __call__(self, input_ids, scores, **named):
+        raise ValueError("no more")
+
+
+def test_ctrl_c_while_an_error_is_cleaned_up_leaves_nothing(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_values(model, {"kind": bound("reader", model)}, **SMALL)
+    cancel, engines = Engine.cancel, []
+
+    def interrupted(self, request_id):
+        cancel(self, request_id)
+        if not engines:
+            engines.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Engine, "cancel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        guided(model, stopping_criteria=StoppingCriteriaList([Raising()]))
+    assert not engines[0].has_unfinished
 
 
 def test_dictionary_with_values(model) -> None:

@@ -144,7 +144,7 @@ class RemoteLLM:
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
         read = read_prompts(prompts)
-        given: Any = sampling_params or SamplingParams()
+        given: Any = SamplingParams() if sampling_params is None else sampling_params
         params: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(read)
         if len(params) != len(read):
             raise InvalidArgumentError("sampling_params", len(params), f"give one for all prompts, or {len(read)}")

@@ -196,9 +196,10 @@ class _Run:
                 for output in touched:
                     self._watch(output)
         finally:
-            self.front.cancel_all()
-            while engine.has_unfinished:
-                engine.step()
+            with deferred_interrupt():
+                self.front.cancel_all()
+                while engine.has_unfinished:
+                    engine.step()
         for output in outputs:
             if output.error is not None:
                 raise output.error
