@@ -353,9 +353,10 @@ def sample_shards(
                         whole.append((shard, outputs.pop(shard.number)))
             yield before - unfinished, whole
     finally:
-        front.cancel_all()
-        while llm.engine.has_unfinished:
-            llm.engine.step()
+        with deferred_interrupt():
+            front.cancel_all()
+            while llm.engine.has_unfinished:
+                llm.engine.step()
 
 
 class _Finisher:
