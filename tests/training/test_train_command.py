@@ -67,6 +67,13 @@ def test_saved_states_and_a_distribution(train, runs):
     assert [head["support"]["bins"] for head in config["heads"]] == [21, 21]
 
 
+def test_discounted_values_reach_down_to_0(train, runs):
+    options = ("--kind", "action", "--distributional", "--gamma", "0.5", "--epochs", "1", "--reward", "words")
+    assert train(*options, "--no-plot", out="discounted")[0] == 0
+    [head] = json.loads((runs / "discounted" / "config.json").read_text())["heads"]
+    assert head["support"]["min"] <= 0 < head["support"]["max"]
+
+
 def test_saved_states_are_read_for_those_who_need_no_more(train, monkeypatch):
     monkeypatch.setattr(base, "read_states", None)
     assert train("--kind", "side", "--epochs", "1", "--no-plot", out="unread")[0] == 0

@@ -189,7 +189,7 @@ def _make_networks(args: argparse.Namespace, config: Any, rollouts: Any, lm: Any
     kinds = args.kind or ["reader"]
     if len(set(kinds)) < len(kinds):
         raise InvalidArgumentError("kind", kinds, "name each kind once")
-    options: dict[str, Any] = {"distributional": args.distributional, "bounded": args.bounded}
+    options: dict[str, Any] = {"distributional": args.distributional, "bounded": args.bounded, "gamma": config.gamma}
     if args.distributional:
         options |= _given(args, ["bins"]) | {"sigma": config.spread}
     else:
