@@ -68,10 +68,10 @@ def test_saved_states_and_a_distribution(train, runs):
 
 
 def test_discounted_values_reach_down_to_0(train, runs):
-    options = ("--kind", "action", "--distributional", "--gamma", "0.5", "--epochs", "1", "--reward", "words")
+    options = ("--kind", "action", "--bounded", "--gamma", "0.5", "--epochs", "1", "--reward", "words")
     assert train(*options, "--no-plot", out="discounted")[0] == 0
     [head] = json.loads((runs / "discounted" / "config.json").read_text())["heads"]
-    assert head["support"]["min"] <= 0 < head["support"]["max"]
+    assert head["bounds"][0] == 0.0
 
 
 def test_saved_states_are_read_for_those_who_need_no_more(train, monkeypatch):
