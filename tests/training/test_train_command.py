@@ -67,9 +67,14 @@ def test_saved_states_and_a_distribution(train, runs):
     assert [head["support"]["bins"] for head in config["heads"]] == [21, 21]
 
 
-def test_discounted_values_reach_down_to_0(train, runs):
-    options = ("--kind", "action", "--bounded", "--gamma", "0.5", "--epochs", "1", "--reward", "words")
-    assert train(*options, "--no-plot", out="discounted")[0] == 0
+def test_discounted_values_reach_down_to_0(runs, model_folder):
+    """However large the rewards are that there were."""
+    rollouts = ["--prompts", str(runs / "prompts.txt"), "--reward", "many=length + 10", "--samples", "40"]
+    collect = ["collect", str(model_folder), *rollouts, "--max-tokens", "8", "--out", str(runs / "many")]
+    assert main([*collect, "--device", "cpu"]) == 0
+    options = ["--kind", "action", "--bounded", "--gamma", "0.5", "--epochs", "1", "--holdout", "0.3", "--no-plot"]
+    train = ["train", str(model_folder), "--rollouts", str(runs / "many"), "--out", str(runs / "discounted")]
+    assert main([*train, *options, "--device", "cpu"]) == 0
     [head] = json.loads((runs / "discounted" / "config.json").read_text())["heads"]
     assert head["bounds"][0] == 0.0
 
