@@ -128,7 +128,8 @@ def kernels_in_place() -> Iterator[None]:
 def gpu_tests() -> list[str]:
     """Files with tests for a GPU. The others may need packages that a bare machine lacks even to be collected."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in found if "mark.gpu" in path.read_text(encoding="utf-8")]
+    marked = re.compile(r"^(@|pytestmark\b).*\bmark\.gpu\b", re.MULTILINE)
+    return [str(path.relative_to(ROOT)) for path in found if marked.search(path.read_text(encoding="utf-8"))]
 
 
 def missing(part: Part) -> str | None:

@@ -225,6 +225,12 @@ def test_a_compiled_reader_is_the_same_reader() -> None:
     assert plain.values.std() > 0
 
 
+def test_files_with_tests_for_a_gpu_are_found() -> None:
+    found = gpu_check.gpu_tests()
+    assert {"tests/engine/test_gpu.py", "tests/kernels/test_triton_select.py"} <= set(found)
+    assert "tests/benchmarks/test_gpu_check.py" not in found
+
+
 def test_files_of_tests_run_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
