@@ -178,7 +178,6 @@ def _run(
     """See `reader_step`. x, squares, inner (of the feed-forward), middle (of the heads) and the others up to `stats`
     are scratch; `width` is the stream's, ROWS x FEW a tile of outputs of the heads."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    arrivals += programs
     size: tl.constexpr = KV_HEADS * SHARE * HEAD_DIM
     TYPE: tl.constexpr = q.dtype.element_ty
     wide = tl.cdiv(width, N)
@@ -314,7 +313,8 @@ class Reader:
         activation: "gelu", "relu" or "silu", of the layers.
         width, mlp, queries: of the layers. kv_heads, head_dim, block_size: of the pages.
         dtype: of pages and weights.
-        arrivals: int64 [_MOST_PROGRAMS + 1], how often programs ever came to a barrier, by their number in a launch.
+        arrivals: int64 [_MOST_PROGRAMS + 1, 2], how often programs ever came to a barrier, by their number in a launch;
+            the second column keeps the first at multiples of 16 bytes.
         kept: the tensors behind the addresses.
     """
 
@@ -350,7 +350,7 @@ class Reader:
         return cls(
             addresses.to(pages.device), weights, weights.activation, width, mlp, layers[0].shape[0],
             kv_heads, head_dim, block_size, pages.dtype,
-            torch.zeros(_MOST_PROGRAMS + 1, dtype=torch.int64, device=pages.device), tuple(kept),
+            torch.zeros(_MOST_PROGRAMS + 1, 2, dtype=torch.int64, device=pages.device), tuple(kept),
         )  # fmt: skip
 
 
@@ -452,7 +452,7 @@ def reader_step(
         scratch(rows, reader.queries * reader.head_dim, dtype=reader.dtype),
         scratch(rows, reader.queries * reader.head_dim, dtype=reader.dtype),
         scratch(rows, reader.mlp, dtype=reader.dtype), scratch(rows, hidden_size), scratch(rows, outputs),
-        scratch(partials, size), scratch(2, partials), reader.arrivals,
+        scratch(partials, size), scratch(2, partials), reader.arrivals[programs],
         rows, groups, sequences, len(reader.addresses), len(heads.kinds), splits, partials, block_tables.stride(0),
         selected, reader.width, reader.mlp, hidden_size, outputs, reader.head_dim**-0.5,
         KV_HEADS=reader.kv_heads, SHARE=share, HEAD_DIM=reader.head_dim, BLOCK_SIZE=reader.block_size,

@@ -302,8 +302,10 @@ def test_peers_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_four_values_are_four_networks() -> None:
-    counts = [len(gpu_decode.networks_of(SHAPES["llama-135m"], kind)) for kind in gpu_decode.KINDS]
-    assert counts == [0, 0, 0, 1, 1, 1, 4, 1, 0, 0, 1]
+    counts = {kind: len(gpu_decode.networks_of(SHAPES["llama-135m"], kind)) for kind in gpu_decode.KINDS}
+    assert counts.pop("reader-4") == 4
+    without = {*gpu_decode.PLAIN, *gpu_decode.PEERS}
+    assert counts == {kind: int(kind not in without) for kind in counts}
 
 
 def test_tables_of_a_run_are_those_it_wrote(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_launches_of_other_numbers_of_programs_count_elsewhere() -> None:
     lm = base_model()
     case = ReaderStep(lm, reader(lm), *EDGES)
     case.whole(programs=1)
-    assert case._reader.arrivals.nonzero().tolist() == [[1]]
+    assert case._reader.arrivals.nonzero().tolist() == [[1, 0]]
 
 
 # -- many programs -----------------------------------------------------------------------------------------------
