@@ -20,7 +20,7 @@ from vas_engine.values.artifact import save_value
 from vas_engine.values.config import default_config
 from vas_engine.values.network import ValueNetwork
 
-TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 FAST = ["--device", "cpu", "--kv-cache-memory", "1MiB"]
 
 
@@ -207,7 +207,16 @@ def test_chat(model, capsys):
         "--quiet",
         *FAST,
     ]
-    assert json.loads(vas(capsys, *words)[1])["prompt"] == "[system]Be.[user]Hi"
+    assert json.loads(vas(capsys, *words)[1])["prompt"] == "[system]Be.[user]Hi>"
+
+
+def test_a_conversation_goes_on_where_it_ends(model, capsys, tmp_path):
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
+    lines = [json.dumps({"messages": said[:1]}), json.dumps({"messages": said})]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    words = ["generate", model, "--file", tmp_path / "chats.jsonl", "--json", "--max-tokens", "2", "--quiet", *FAST]
+    found = [json.loads(line)["prompt"] for line in vas(capsys, *words)[1].splitlines()]
+    assert found == ["[user]Hi>", "[user]Hi[assistant]Once"]
 
 
 def test_a_bad_prompt_among_good_ones_fails_alone_with_exit_code_1(model, capsys):

@@ -78,10 +78,15 @@ def as_prompt(tokenizer: Any | None, prompt: Any, where: str = "prompt") -> Prom
     """
     if not (isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict)):
         return read_prompt(prompt, where)
-    goes_on = isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant"
-    option = "continue_final_message" if goes_on else "add_generation_prompt"
-    read = render_chat(tokenizer, prompt, **{option: True})
+    read = render_chat(tokenizer, prompt, **turn_of(prompt))
     return Prompt(ChatPrompt(read.text or "", list(prompt)), read.token_ids)
+
+
+def turn_of(messages: Any) -> dict[str, bool]:
+    """The option of `render_chat` by which the assistant speaks next: its turn is opened, or the last one goes on."""
+    last = messages[-1] if isinstance(messages, list | tuple) and messages else None
+    goes_on = isinstance(last, dict) and last.get("role") == "assistant"
+    return {"continue_final_message" if goes_on else "add_generation_prompt": True}
 
 
 def _first_line(error: Exception) -> str:

@@ -27,6 +27,7 @@ from vas_engine.params import SamplingParams
 if TYPE_CHECKING:
     from vas_engine.integrations.remote import RemoteLLM
     from vas_engine.llm import LLM
+    from vas_engine.prompts import Prompt
 
 _EPILOG = """\
 prompts: arguments; or --file, a text file with a prompt a line, or .jsonl with texts or objects
@@ -193,13 +194,20 @@ def _read_request(
         if "messages" in record:
             if args.api_base is not None:
                 raise InvalidArgumentError("messages", record["messages"], "not with --api-base; give a prompt")
-            return llm.render_chat(record["messages"], add_generation_prompt=True), params
+            return _render(llm, record["messages"]), params
     if args.chat:
         text = record["prompt"] if isinstance(record, Mapping) else record
         system = [{"role": "system", "content": args.system}] if args.system else []
         messages = [*system, {"role": "user", "content": text}]
-        return llm.render_chat(messages, add_generation_prompt=True), params
+        return _render(llm, messages), params
     return record, params
+
+
+def _render(llm: LLM, messages: Any) -> Prompt:
+    """A conversation in which the assistant speaks next."""
+    from vas_engine.tokenizer import turn_of
+
+    return llm.render_chat(messages, **turn_of(messages))
 
 
 def _watching(params: SamplingParams, names: list[str]) -> SamplingParams:
