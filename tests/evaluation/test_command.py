@@ -184,6 +184,7 @@ def test_bad_arguments_are_named_before_any_work(folders, tmp_path, capsys, monk
         ([*value, "--grid", "length=1,2"], "no value steers this reward"),
         ([*value, "--grid", "characters=1,x"], "write REWARD=W,W"),
         ([*value, "--policy", "tuned"], "write NAME=FOLDER"),
+        ([*value, "--policy", "tuned=/no/such/folder"], "/no/such/folder holds no model"),
         ([*value, "--out", str(tmp_path / "full")], "choose a new folder"),
         ([*value, "--tail", "foo"], "must be one of 'keep', 'drop'"),
         ([*value, "--tilt", "optimal"], "has a scalar head"),

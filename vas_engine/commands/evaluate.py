@@ -267,6 +267,8 @@ def _read_policies(args: argparse.Namespace, params: SamplingParams, reward: str
             number = float(strength) if strength else None
         except ValueError as error:
             raise InvalidArgumentError("--policy", text, "the STRENGTH of NAME:STRENGTH is a number") from error
+        if not (Path(folder) / "config.json").is_file():
+            raise InvalidArgumentError("--policy", text, f"{folder} holds no model: it has no config.json")
         found.append((Setting(f"{method} {strength}".strip(), method, params, {reward: 1.0}, number), folder))
     return found
 
