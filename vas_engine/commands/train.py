@@ -146,13 +146,14 @@ def run(args: argparse.Namespace) -> int:
             save_report(folder, report)
         if branching:
             reports = branching.judge(networks, reports)
+            for folder, report in zip(folders, reports, strict=True):
+                save_report(folder, report)
     except KeyboardInterrupt:
         fix = f"what is finished lies in {args.out}; the same command with --resume goes on"
         print(f"interrupted: {fix} (--keep-on-interrupt keeps the best so far)", file=sys.stderr)
         return 130
-    for folder, report in zip(folders, reports, strict=True):
-        save_report(folder, report)
-        if can_plot() if args.plot is None else args.plot:
+    if can_plot() if args.plot is None else args.plot:
+        for folder, report in zip(folders, reports, strict=True):
             save_plots(folder, report)
     drop_checkpoint(args.out)
     if args.json:

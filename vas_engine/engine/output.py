@@ -11,6 +11,7 @@ import torch
 
 from vas_engine.engine.detokenizer import REPLACEMENT, Detokenizer, StopMatcher
 from vas_engine.engine.event import TokenEvent
+from vas_engine.interrupt import deferred_interrupt
 from vas_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vas_engine.params import SamplingParams
 
@@ -136,9 +137,13 @@ class OutputFront:
         request.close_if_done()
         return request.output
 
-    def cancel_all(self) -> None:
-        for request_id in list(self._requests):
-            self.cancel(request_id)
+    def clear(self) -> None:
+        """Ends all requests and goes on until the engine holds nothing; Ctrl-C waits for that."""
+        with deferred_interrupt():
+            for request_id in list(self._requests):
+                self.cancel(request_id)
+            while self.engine.has_unfinished:
+                self.engine.step()
 
 
 class Pieces:

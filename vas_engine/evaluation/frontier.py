@@ -140,11 +140,11 @@ class Contest:
         self.llm, self.prompts, self.rewards, self.params = llm, list(prompts), list(rewards), base
         self.samples, self.seed, self.use_tqdm = samples, seed, use_tqdm
         self.runs: dict[str, Run] = {}
-        if rollouts is not None:
-            pick(llm, rollouts, prompts, base)  # whether they can be the pool is known before anything is sampled
+        # Whether rollouts can be the pool is known before anything is sampled.
+        picked = None if rollouts is None else pick(llm, rollouts, prompts, base)
         [plain] = run(llm, prompts, [base], samples=pool, seed=seed, use_tqdm=use_tqdm)
-        if rollouts is not None:
-            plain = pool_of(llm, rollouts, prompts, base, plain)
+        if picked is not None:
+            plain = pool_of(llm, picked, plain)
         self.runs["base"] = plain
         self.plain: Measurement = summarise(plain, prompts, rewards)
         self.found = {"base": self.plain}

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vas_engine.engine.detokenizer import Detokenizer
 from vas_engine.evaluation.dense import log_probs
@@ -42,17 +42,12 @@ REQUEST_SAMPLES = 128
 """Most samples of one request; larger pools are several requests, whose prompt the prefix cache holds."""
 
 
-NEUTRAL: dict[str, Any] = {
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "logit_bias": {},
-    "min_tokens": 0,
-}
-"""Settings that leave the model's own distribution alone."""
+PLAIN = SamplingParams()
+SHIFTS = (
+    "top_p", "top_k", "min_p", "min_tokens",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
+)  # fmt: skip
+"""Settings that leave the model's own distribution alone as long as they are PLAIN's."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +211,7 @@ def _run(
         (place // parts, completion) for place, output in enumerate(outputs) for completion in output.outputs
     ]
     # What the engine calls base is after temperature, penalties and cuts; temperature 0 reads as 1 (see `choose`).
-    raw = all(getattr(params, name) == neutral for name, neutral in NEUTRAL.items()) and params.temperature in (
-        0.0,
-        1.0,
-    )
+    raw = params.temperature in (0.0, 1.0) and all(getattr(params, name) == getattr(PLAIN, name) for name in SHIFTS)
     if raw:
         base = [completion.cumulative_logprob for _, completion in completions]
     else:

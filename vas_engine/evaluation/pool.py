@@ -21,7 +21,10 @@ __all__ = ["pick", "pool_of"]
 def pick(
     llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base: SamplingParams
 ) -> list[tuple[int, Rollout]]:
-    """Rollouts that are plain samples of these prompts, each with its prompt's place; arguments as of `pool_of`.
+    """Rollouts that are plain samples of these prompts, each with its prompt's place.
+
+    Args:
+        rollouts: of this model, unguided, as long as `base` allows, on these prompts at least.
 
     Returns:
         As many of every prompt as there are of the one that has fewest.
@@ -56,20 +59,13 @@ def pick(
     return [(place, rollout) for place, ids in enumerate(encoded) for rollout in by_prompt[ids][:count]]
 
 
-def pool_of(llm: LLM, rollouts: Rollouts, prompts: Sequence[str | Prompt], base: SamplingParams, sampled: Run) -> Run:
-    """The rollouts of these prompts as a run of the base, at the cost per token of one that was just made.
+def pool_of(llm: LLM, picked: Sequence[tuple[int, Rollout]], sampled: Run) -> Run:
+    """Picked rollouts as a run of the base, at the cost per token of one that was just made.
 
     Args:
-        rollouts: of this model, unguided, as long as `base` allows, on these prompts at least.
+        picked: of `pick`.
         sampled: plain samples of the same prompts.
-
-    Returns:
-        As many responses of every prompt as there are of the one that has fewest.
-
-    Raises:
-        InvalidArgumentError: rollouts made in another way, or of other prompts.
     """
-    picked = pick(llm, rollouts, prompts, base)
     likelihoods = log_probs(llm.lm, [r.prompt_ids for _, r in picked], [r.response_ids for _, r in picked])
     responses = [
         Response(place, rollout.response, rollout.response_ids, rollout.finish_reason, log_prob, 0.0)

@@ -353,10 +353,7 @@ def sample_shards(
                         whole.append((shard, outputs.pop(shard.number)))
             yield before - unfinished, whole
     finally:
-        with deferred_interrupt():
-            front.cancel_all()
-            while llm.engine.has_unfinished:
-                llm.engine.step()
+        front.clear()
 
 
 class _Finisher:

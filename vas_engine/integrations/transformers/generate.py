@@ -182,7 +182,6 @@ class _Run:
 
     def completions(self) -> list[CompletionOutput]:
         """One a row, in order."""
-        engine = self.llm.engine
         outputs: list[RequestOutput] = []
         try:
             # Pages of another call are of no use: the weights may have changed since.
@@ -196,10 +195,7 @@ class _Run:
                 for output in touched:
                     self._watch(output)
         finally:
-            with deferred_interrupt():
-                self.front.cancel_all()
-                while engine.has_unfinished:
-                    engine.step()
+            self.front.clear()
         for output in outputs:
             if output.error is not None:
                 raise output.error
