@@ -96,7 +96,7 @@ def serving(llm: LLM | None = None, tracer: Any | None = None, **settings) -> It
     try:
         yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", llm, server, server._state)
     finally:
-        if thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # its event loop is closed: the block has ended it already
             server._loop.call_soon_threadsafe(server.drain)
         thread.join(60)
         assert not thread.is_alive()

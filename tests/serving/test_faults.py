@@ -329,6 +329,19 @@ def test_nobody_waits_for_an_engine_that_has_stopped(pool: ThreadPoolExecutor) -
         asyncio.run_coroutine_threadsafe(worker.idle(), loop).result(30)
 
 
+def test_a_call_that_nobody_waits_for_any_more_hurts_nobody() -> None:
+    gate = threading.Event()
+    with serving() as served:
+        loop = asyncio.new_event_loop()
+        call = served.state.worker.call(lambda engine: gate.wait(60))
+        with pytest.raises(TimeoutError):
+            loop.run_until_complete(asyncio.wait_for(call, 0.1))
+        loop.close()
+        gate.set()
+        served.complete()
+        assert served.state.worker.broken is None
+
+
 def test_a_stuck_step_is_reported(pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
     llm = make_llm()
     gate = StepGate(llm)

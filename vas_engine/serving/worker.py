@@ -181,9 +181,9 @@ class EngineThread:
             try:
                 result = function(self.engine)
             except Exception as error:
-                loop.call_soon_threadsafe(_settle, future, None, error)
+                _call_soon(loop, _settle, future, None, error)
             else:
-                loop.call_soon_threadsafe(_settle, future, result, None)
+                _call_soon(loop, _settle, future, result, None)
 
         self._commands.put(run)
         return await future
@@ -227,8 +227,7 @@ class EngineThread:
             self.broken = error
             log.critical("engine stopped", exc_info=error)
             if self._loop is not None:
-                with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
-                    self._loop.call_soon_threadsafe(self._give_up)
+                _call_soon(self._loop, self._give_up)
 
     def _obey(self) -> None:
         """Runs the commands at hand; waits for one if there is nothing else to do."""
@@ -286,8 +285,12 @@ class EngineThread:
             wake = not self._news
             self._news.update(news)
         if wake:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody reads any more
-                self._loop.call_soon_threadsafe(self._deliver)
+            _call_soon(self._loop, self._deliver)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def _stopped(error: BaseException) -> VASError:
