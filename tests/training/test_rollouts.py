@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
-from vas_engine.training import rollouts as module
 from vas_engine.training.base import read_states
 from vas_engine.training.rollouts import Header, Rollout, RolloutWriter, load_rollouts, load_states
 
@@ -70,14 +69,14 @@ def test_killed_at_any_rename_it_goes_on_to_the_same_rows(tmp_path, monkeypatch,
             raise Killed
         real(source, target)
 
-    monkeypatch.setattr(module.os, "replace", dying)
+    monkeypatch.setattr(os, "replace", dying)
     try:
         write_missing(folder)
     except Killed:
         pass
     else:
         assert at == 8  # seven renames in all: index, then shard and index three times
-    monkeypatch.setattr(module.os, "replace", real)
+    monkeypatch.setattr(os, "replace", real)
     if at > 3:
         assert load_rollouts(folder).rollouts == EVERYTHING[: 2 * ((at - 2) // 2)]
     write_missing(folder)

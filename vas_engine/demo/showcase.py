@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from vas_engine.demo import model_path
 from vas_engine.demo.corpus import OPENINGS
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.evaluation.frontier import Contest, Point, Setting, plain_json
+from vas_engine.files import write_json
 from vas_engine.training.collect import CollectConfig, collect
 from vas_engine.training.fit import FitConfig, fit, head_for
 from vas_engine.training.network import make_network
@@ -185,7 +184,7 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
     say(f"5/5  Measuring on {min(config.eval_prompts, len(config.prompts))} prompts")
     result.rows = _measure_all(guided, config, rewards, names, scale, use_tqdm)
     clock.lap(result, "measure")
-    _write_json(out / "showcase.json", result)
+    write_json(out / "showcase.json", result.to_dict())
     return result
 
 
@@ -286,12 +285,6 @@ def _row(target: str | None, point: Point) -> Row:
         point.model_rows_per_token,
         point.value_rows_per_token,
     )
-
-
-def _write_json(path: Path, result: Showcase) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 # -- what people look at ----------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ The folder appears only when all is done; an interrupted run leaves nothing behi
 import argparse
 import math
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vas_engine.demo.corpus import generate_texts
+from vas_engine.files import replacing
 
 __all__ = ["build_model", "heldout_loss", "train", "train_tokenizer"]
 
@@ -172,14 +171,9 @@ def train(
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the model folder `out` as a whole or not at all, in float32."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with replacing(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        folder.chmod(0o755)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from vas_engine.errors import InvalidArgumentError
 from vas_engine.evaluation.estimate import Estimate
 from vas_engine.evaluation.frontier import Contest, Point, plain_json
 from vas_engine.evaluation.headline import Headline
+from vas_engine.files import replacing, write_json
 from vas_engine.prompts import read_prompts
 
 __all__ = ["Evaluation", "Section", "check_out", "save", "table"]
@@ -249,9 +248,10 @@ def save(out: str | Path, evaluation: Evaluation, contest: Contest) -> Path:
         InvalidArgumentError: the folder holds something.
     """
     path = check_out(out)
-    with _whole_folder(path) as folder:
-        text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False)
-        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as folder:
+        folder.mkdir()
+        write_json(folder / "evaluation.json", evaluation.to_dict())
         _save_points(folder / "points.parquet", evaluation)
         _save_responses(folder / "responses.parquet", contest)
         for section in evaluation.sections:
@@ -261,17 +261,6 @@ def save(out: str | Path, evaluation: Evaluation, contest: Contest) -> Path:
         if evaluation.fronts:
             plot_fronts(evaluation, folder / "pareto.png")
     return path
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_points(path: Path, evaluation: Evaluation) -> None:

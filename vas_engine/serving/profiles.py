@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from vas_engine.errors import InvalidArgumentError, nearest
+from vas_engine.files import replacing
 from vas_engine.serving.errors import ServingError, bad_request
 from vas_engine.serving.protocol import Profile
 
@@ -76,16 +75,9 @@ class Profiles:
             raise ServingError(500, f"the profiles cannot be written: {error.strerror}", "server_error") from error
 
     def _write(self, path: Path) -> None:
-        """The file appears whole or not at all."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with replacing(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Profile]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
+from vas_engine.files import replacing, write_json
 from vas_engine.training.rollouts import Rollouts
 from vas_engine.training.trainee import Trainee
 
@@ -50,7 +50,8 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{name}": t for i, trainee in enumerate(trainees) for name, t in trainee.tensors().items()}
         data = f"checkpoint-{epoch}.safetensors"
-        self._replace(data, lambda path: save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path))
+        with replacing(self.folder / data) as fresh:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, fresh)
         progress = {
             "identity": self.identity,
             "tensors": data,
@@ -58,8 +59,7 @@ class Checkpoint:
             "seconds": seconds,
             "networks": [trainee.progress() for trainee in trainees],
         }
-        text = json.dumps(progress, indent=2) + "\n"
-        self._replace(CHECKPOINT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(self.folder / CHECKPOINT_FILE, progress)
         _remove_data(self.folder, but=data)
 
     def load(self, trainees: Sequence[Trainee]) -> tuple[int, float]:
@@ -100,16 +100,6 @@ class Checkpoint:
                 f"the fit put away in {self.folder} has {part} {before!r}, not {wanted!r}; choose that or a new folder"
             )
             raise InvalidArgumentError("resume", True, fix)
-
-    def _replace(self, name: str, write: Any) -> None:
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def drop_checkpoint(folder: str | Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from vas_engine.errors import VASError
+from vas_engine.files import replacing
 from vas_engine.training.report import FitReport, HeadReport
 
 __all__ = ["PLOT_FILE", "can_plot", "save_plots"]
@@ -38,12 +38,8 @@ def save_plots(folder: str | Path, report: FitReport) -> Path:
         _draw_positions(place, name, head)
         _draw_calibration(calibration, name, head)
     path = Path(folder) / PLOT_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png", dpi=110)
     return path
 
 

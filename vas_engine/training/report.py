@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vas_engine.files import write_json
 
 __all__ = [
     "REPORT_FILE",
@@ -172,10 +172,5 @@ class FitReport:
 def save_report(folder: str | Path, report: FitReport) -> Path:
     """Write a report into the folder of its value, whole or not at all."""
     path = Path(folder) / REPORT_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, report.to_dict())
     return path

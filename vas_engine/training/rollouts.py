@@ -15,7 +15,6 @@ writes into a folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError, nearest
+from vas_engine.files import replacing, write_json
 from vas_engine.prompts import ChatPrompt
 
 __all__ = ["Header", "Rollout", "RolloutWriter", "Rollouts", "load_rollouts"]
@@ -185,15 +185,16 @@ class RolloutWriter:
         path = self.folder / _shard_name(shard)
         table = _to_table(rollouts, self.header)
         if states is not None:
-            _atomically(path.with_suffix(".safetensors"), lambda temporary: _save_states(states, temporary))
-        _atomically(path, lambda temporary: parquet.write_table(table, temporary, compression="zstd"))
+            with replacing(path.with_suffix(".safetensors")) as fresh:
+                _save_states(states, fresh)
+        with replacing(path) as fresh:
+            parquet.write_table(table, fresh, compression="zstd")
         self.shards[path.name] = len(rollouts)
         self._write_index()
 
     def _write_index(self) -> None:
         shards = dict(sorted(self.shards.items()))
-        text = json.dumps({"header": asdict(self.header), "shards": shards}, indent=2, ensure_ascii=False)
-        _atomically(self.folder / INDEX, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+        write_json(self.folder / INDEX, {"header": asdict(self.header), "shards": shards})
 
 
 def load_rollouts(folder: str | Path) -> Rollouts:
@@ -322,18 +323,6 @@ def _save_states(states: Sequence[torch.Tensor], path: Path) -> None:
 
     lengths = torch.tensor([0, *map(len, states)])
     save_file({"states": torch.cat(list(states)).cpu().contiguous(), "offsets": lengths.cumsum(0)}, path)
-
-
-def _atomically(path: Path, write: Any) -> None:
-    # Always the same name, so that what a killed run left is written over by the one that goes on.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the name must not outlive a power cut that the contents do not
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _shard_name(shard: int) -> str:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
 from vas_engine.errors import InvalidArgumentError, ValueArtifactError, nearest
+from vas_engine.files import replacing, write_json
 from vas_engine.model.fingerprint import vocabulary_hash, weights_hash
 from vas_engine.model.lm import CausalLM
 from vas_engine.values.base import check_base
@@ -52,17 +49,17 @@ def save_value(folder: str | Path, network: Scorer, tokenizer: Any | None = None
         config = config.replace(base={**config.base, "vocabulary": vocabulary_hash(tokenizer)})
     if isinstance(network, ValueModel):
         config = config.replace(backbone={"weights": weights_hash(network.backbone)})
-        _replace(folder / BACKBONE_FOLDER, lambda path: network.backbone.save_pretrained(path))
+        with replacing(folder / BACKBONE_FOLDER) as fresh:
+            network.backbone.save_pretrained(fresh)
         tensors = network.heads.state_dict(prefix="heads.")
     elif isinstance(network, ValueNetwork):
         tensors = network.state_dict()
     else:
         raise InvalidArgumentError("network", type(network).__name__, "save a ValueNetwork or a ValueModel")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-    values = {**config.to_dict(), "sha256": _digest(folder / WEIGHTS_FILE)}
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    with replacing(folder / WEIGHTS_FILE) as fresh:
+        save_file(tensors, fresh)
+    write_json(folder / CONFIG_FILE, {**config.to_dict(), "sha256": _digest(folder / WEIGHTS_FILE)})
     return folder
 
 
@@ -144,31 +141,3 @@ def _load_own(folder: Path, values: dict[str, Any], lm: CausalLM, tokenizer: Any
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the target and moves it into place."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        write(fresh)
-        if fresh.is_dir():
-            for path in fresh.iterdir():
-                _flush(path)
-            if target.exists():
-                target.rename(old)
-            fresh.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            _flush(fresh)
-            fresh.replace(target)
-    finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh, ignore_errors=True)
-        fresh.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

@@ -1,0 +1,71 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vas_engine.files import replacing, write_json
+
+
+def write(path: Path, content: str, folder: bool) -> None:
+    if folder:
+        (path / "deep").mkdir(parents=True)
+        path = path / "deep" / "file"
+    path.write_text(content)
+
+
+def read(path: Path) -> str:
+    return (path / "deep" / "file" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_was_there_stays_until_the_new_is_whole(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "target"
+    for content in ("first", "second"):
+        before = read(target) if target.exists() else None
+        with replacing(target) as fresh:
+            write(fresh, content, folder)
+            assert (read(target) if target.exists() else None) == before
+        assert read(target) == content
+        assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
+    target = tmp_path / "target"
+    write(target, "first", folder)
+
+    def fail() -> None:
+        with replacing(target) as fresh:
+            write(fresh, "half", folder)
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert read(target) == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path, folder: bool) -> None:
+    target, left = tmp_path / "target", []
+    with replacing(target) as fresh:
+        write(fresh, "first", folder)
+        left.append(fresh)
+    write(left[0], "half of a killed one", not folder)
+    write(target.with_name(".target.old"), "killed between two names", folder)
+    with replacing(target) as fresh:
+        write(fresh, "second", folder)
+    assert read(target) == "second"
+    if folder:
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "content.json", {"reward": "größer", "rows": [1, 2.5, None]})
+    text = (tmp_path / "content.json").read_text(encoding="utf-8")
+    assert (json.loads(text), "größer" in text, text[-1]) == ({"reward": "größer", "rows": [1, 2.5, None]}, True, "\n")
