@@ -320,6 +320,21 @@ def test_information(served: Served) -> None:
     assert served.post("/detokenize", {"tokens": [99999]}).status_code == 400
 
 
+class Strict:
+    """A tokenizer that raises on ids that are not its own."""
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return bytes(ids).decode()
+
+
+def test_ids_beyond_the_tokenizer_are_replacement_marks() -> None:
+    """A model may have more tokens than its tokenizer."""
+    with serving() as strict:
+        strict.state._tokenizer = Strict()
+        assert strict.post("/detokenize", {"tokens": [72, 256, 105]}).json() == {"prompt": "H\ufffdi"}
+        assert strict.complete([72, 256, 105], echo=True, max_tokens=1)["choices"][0]["text"].startswith("H\ufffdi")
+
+
 def test_metrics_count(served: Served) -> None:
     def read() -> dict[str, float]:
         with served.client() as client:

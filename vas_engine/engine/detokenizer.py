@@ -38,7 +38,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
-        self._decode_ids = _decoder(tokenizer)
+        self._decode_ids = decoder(tokenizer)
         self._skipped = frozenset(tokenizer.all_special_ids) if skip_special_tokens else frozenset()
         tail = [token for token in prompt_ids[-4 * CONTEXT_TOKENS :] if token not in self._skipped]
         self._window, self._read = self._split(tail[-CONTEXT_TOKENS - MAX_INCOMPLETE :])
@@ -102,7 +102,7 @@ class Detokenizer:
         return self._decode_ids(ids) if ids else ""
 
 
-def _decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
+def decoder(tokenizer: Tokenizer) -> Callable[[list[int]], str]:
     """The tokenizer's plain decoding; straight from its backend where it has one, several times faster a call.
 
     Ids that it raises on (a model may have more tokens than its tokenizer) are replacement marks.

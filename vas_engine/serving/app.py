@@ -18,6 +18,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import vas_engine
+from vas_engine.engine.detokenizer import decoder
 from vas_engine.errors import VASError
 from vas_engine.integrations.remote import RemoteLLM
 from vas_engine.outputs import RequestOutput
@@ -115,7 +116,7 @@ class State:
     async def decode(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             raise errors.bad_request("tokens", "no tokenizer is loaded")
-        return await self._off_loop(self._tokenizer.decode, tokens)
+        return await self._off_loop(decoder(self._tokenizer), tokens)
 
     async def pieces(self, tokens: list[int]) -> list[str]:
         assert self._tokenizer is not None
