@@ -127,6 +127,13 @@ def test_it_waits_for_whoever_has_the_turn(options, newcomer, waits) -> None:
     assert (scheduler.follow(running) is None) == waits
 
 
+def test_it_does_not_wait_for_one_that_nobody_can_make_way_for() -> None:
+    scheduler = make(num_blocks=8, caching=False)
+    running = decoding(scheduler, ask("important", 15, priority=-1), ask("minor", 3, priority=1, token=9))
+    scheduler.add(ask("middle", 14, token=3))
+    assert scheduler.follow(running) is not None
+
+
 def test_completes_survives_the_appended_token() -> None:
     scheduler = make(budget=4)
     scheduler.add(ask("a", 6))

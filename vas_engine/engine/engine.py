@@ -588,12 +588,12 @@ class Engine:
             users = [s for s in sequences if s.networks]
             part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
             needed[guided] = wanted = self._needed(users, part, after is not None)
+            self.stats.pruned_rows += int(part.count.sum() - wanted.sum())
             if after is None:
                 needed[guided] = self._afford(users, part, wanted)
                 limited[guided] = needed[guided].sum(1) < wanted.sum(1)
         evaluated = needed.sum(1)
         self.stats.value_rows += int(evaluated.sum())
-        self.stats.pruned_rows += int(selection.count[guided].sum() - evaluated.sum())
         decision = self.guide.decide(sequences, selection, needed, before, after)
         winners, fine = decision.winners, decision.fine
         self._advance(sequences, guided & fine, decision)

@@ -329,7 +329,7 @@ class Scheduler:
 
     def _has_turn(self, head: Sequence) -> bool:
         """Whether the next plan would do anything about the first of the waiting."""
-        return self._too_long(head) or self._outranks(head) or self._fits(head)
+        return self._too_long(head) or self._fits(head) or bool(self._victims(head))
 
     def _fits(self, head: Sequence) -> bool:
         """Whether it can be admitted as things are, with a block to spare for each running sequence."""
