@@ -287,6 +287,22 @@ def test_metrics_and_the_admin_key(world, upstream) -> None:
         assert float(lines['vllm:time_to_first_token_seconds_count{model_name="guided"}']) == 1
 
 
+def test_requests_come_and_go_while_they_are_counted(world, monkeypatch) -> None:
+    """/metrics is written in a thread of its own."""
+    with proxying(world, "http://127.0.0.1:9/v1") as served:
+        backend = served.state.worker
+
+        class Counted:
+            @property
+            def completions(self) -> int:
+                backend._runs[Counted()] = None  # the event loop takes in another at this very moment
+                return 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "_runs", {Counted(): None})
+            assert backend.totals().gauges["vllm:num_requests_running"][1] == 1
+
+
 # -- when something goes wrong -------------------------------------------------------------------------------
 
 FAULTS = [

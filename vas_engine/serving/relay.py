@@ -58,7 +58,7 @@ class Relay:
 
     @property
     def open_completions(self) -> int:
-        return sum(stream.completions for stream in self._runs)
+        return sum(stream.completions for stream in tuple(self._runs))  # at once: `totals` is another thread's
 
     @property
     def vocab_size(self) -> int | None:

@@ -93,7 +93,7 @@ class EngineThread:
     @property
     def open_completions(self) -> int:
         """Completions submitted and not finished, running or waiting."""
-        return sum(stream.completions for stream in self._open)
+        return sum(stream.completions for stream in tuple(self._open))  # at once: other threads may look, too
 
     @property
     def step_seconds(self) -> float:
