@@ -24,7 +24,12 @@ def lines(served: Served):
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.DEBUG)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    def read() -> list[dict]:
+        served.check_idle()  # by the event loop: a request's line comes after its answer
+        return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    yield read
     logger.removeHandler(handler)
     logger.setLevel(level)
 
