@@ -10,9 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,7 +26,7 @@ from tests.integrations.conftest import plain_model
 from tests.integrations.test_remote import CASES, TEXT, Faulty, bound_copy, letter_tokenizer, outcome, remote
 from tests.oracle import chi_squared_p, enumerate_policy
 from tests.serving.conftest import TEMPLATE, Served, serving
-from tests.serving.test_faults import StepGate
+from tests.serving.test_faults import StepGate, raw_request, until
 from tests.serving.test_generation import events
 from vas_engine import LLM, SamplingParams
 from vas_engine.cli import main
@@ -38,13 +37,6 @@ from vas_engine.values.artifact import save_value
 GUIDED = {"vas_weights": {"ones": 2.0, "ended": -2.5}, "vas_candidates": 3}
 ASKED = {"model": "guided", "prompt": TEXT, "max_tokens": HORIZON, "seed": 4, **GUIDED}
 PARAMS = SamplingParams(values=GUIDED["vas_weights"], num_candidates=3, max_tokens=HORIZON, seed=4)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def upstream_llm(world) -> LLM:
@@ -325,7 +317,10 @@ def test_a_failing_endpoint_has_a_status_of_its_own(proxy_of_faulty, faulty, fau
     """Also for streams: the status waits for the first token."""
     served, expected = proxy_of_faulty
     faulty.poison = {TEXT: fault}
+    client = served.state.worker._session.endpoint._client
+    patient, client.timeout = client.timeout, 0.5 if fault == "slow" else client.timeout
     answer = served.post("/v1/completions", {**ASKED, "stream": stream})
+    client.timeout = patient
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], answer.headers.get("Retry-After")) == (status, code, again)
     assert "127.0.0.1" not in error["message"]
@@ -339,7 +334,7 @@ def test_a_failing_endpoint_has_a_status_of_its_own(proxy_of_faulty, faulty, fau
 def proxy_of_faulty(world, upstream, faulty) -> Iterator[tuple[Served, str]]:
     """A proxy in front of the failing server, and the text of ASKED."""
     output = remote(world, upstream.url + "/v1").generate(TEXT, PARAMS, use_tqdm=False)[0].outputs[0]
-    with proxying(world, faulty.url, timeout=0.5, max_wait=10.0) as served:
+    with proxying(world, faulty.url, max_wait=10.0) as served:
         yield served, output.text
 
 
@@ -381,7 +376,7 @@ def test_ceilings_are_told(world, upstream) -> None:
         assert served.llm.spent.requests == 2
 
 
-def test_a_client_that_goes_ends_the_work_upstream(world, pool) -> None:
+def test_a_client_that_goes_ends_the_work_upstream(world) -> None:
     llm = endless_llm(world)
     gate = StepGate(llm)
     with serving(llm) as theirs, proxying(world, theirs.url + "/v1") as served, served.client() as client:
@@ -390,7 +385,7 @@ def test_a_client_that_goes_ends_the_work_upstream(world, pool) -> None:
         with client.stream("POST", "/v1/completions", json={**body, "n": 3, "stream": True}) as stream:
             lines = stream.iter_lines()  # kept: the connection closes with it
             assert "text_completion" in next(lines)
-            until(lambda: theirs.state.worker.open_completions > 0)
+            until(lambda: gate.arrived == 7)  # nothing gets on any more
             sent = served.llm.spent.requests
         until(lambda: served.state.worker.open_completions == 0)
         gate.open()
@@ -398,10 +393,12 @@ def test_a_client_that_goes_ends_the_work_upstream(world, pool) -> None:
         assert served.llm.spent.requests <= sent + 3
         until(lambda: not served.llm.values._readers[0].cache._sequences)
         # One that waits for a whole answer as well.
-        future = pool.submit(client.post, "/v1/completions", json=ASKED, timeout=0.01)
-        with pytest.raises(httpx.TimeoutException):
-            future.result()
+        gate = StepGate(llm)
+        connection = raw_request(served, **{**ASKED, "ignore_eos": False})
+        until(lambda: gate.arrived == 1)
+        connection.close()
         until(lambda: served.state.worker.open_completions == 0)
+        gate.open()
 
 
 def test_a_deadline_ends_it_with_what_it_has(world) -> None:
@@ -470,7 +467,7 @@ def test_sigterm_finishes_what_was_accepted(world, folders, pool) -> None:
         body = {**ASKED, "model": "tiny"}
         taken = [pool.submit(httpx.post, ready["url"] + "/v1/completions", json=body, timeout=60) for _ in range(3)]
         until(lambda: theirs.state.worker.open_completions == 3)
-        with httpx.Client(base_url=ready["url"]) as client:
+        with httpx.Client(base_url=ready["url"], timeout=60) as client:
             running.send_signal(signal.SIGTERM)
             until(lambda: client.get("/health").status_code == 503)
             refused = client.post("/v1/completions", json=body)
