@@ -99,9 +99,9 @@ def test_unknown_rewards_are_refused_at_once():
 
 @pytest.mark.parametrize(("name", "text"), [("sleeps", "sleep"), ("stuck", "a" * 60)])
 def test_what_hangs_ends_in_an_error_that_says_so(name, text, capfd):
-    with started(name, timeout=0.5) as process:
+    with started(name, timeout=2) as process:
         assert len(score(process.rewards[0], ["", ""], ["fine", "too"])) == 2
-        with pytest.raises(TrainingDataError, match=rf"reward '{name}' gave no answer for .* within 0\.5 s"):
+        with pytest.raises(TrainingDataError, match=rf"reward '{name}' gave no answer for .* within 2 s"):
             score(process.rewards[0], [""], [text])
         with pytest.raises(TrainingDataError, match="lost its process"):
             score(process.rewards[0], [""], ["fine"])
@@ -118,7 +118,7 @@ def test_a_collection_keeps_what_came_before_the_hang(model_folder, tmp_path):
     (tmp_path / "hanging_reward_for_test.py").write_text(
         "import time\ndef judge(p, r):\n    while p == 'happy':\n        time.sleep(60)\n    return 1.0"
     )
-    with RewardProcess(["hanging_reward_for_test:judge"], timeout=0.5) as process:  # noqa: SIM117
+    with RewardProcess(["hanging_reward_for_test:judge"], timeout=2) as process:  # noqa: SIM117
         with pytest.raises(TrainingDataError, match="'judge' gave no answer") as caught:
             collect(llm, prompts, process.rewards, tmp_path / "run", config, use_tqdm=False)
     assert "shard 7 is not written, finished ones are kept" in caught.value.__notes__[0]
