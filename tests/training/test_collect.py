@@ -413,7 +413,6 @@ def test_sigkill_at_any_moment_leaves_whole_shards(model_folder, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
         check=True,
     )
     assert killed.stdout.splitlines() == [f"{moment}: {-signal.SIGKILL}" for moment in MOMENTS]
