@@ -91,7 +91,8 @@ def test_stream_is_the_whole_in_parts(served: Served) -> None:
 
 
 def test_usage_comes_last_when_asked_for(served: Served) -> None:
-    chunks = stream(served, "/v1/completions", prompt="Once", max_tokens=3, stream_options={"include_usage": True})
+    asked = {"prompt": "Once", "seed": 5, "max_tokens": 3}
+    chunks = stream(served, "/v1/completions", **asked, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
     assert all(chunk["choices"] for chunk in chunks[:-1])
@@ -238,7 +239,8 @@ def test_logprobs_before_and_after_the_tilt(served: Served, offline: LLM) -> Non
         values = {name: series[position] for name, series in expected.values.items()}
         assert candidates[0]["values"] == pytest.approx(values, abs=1e-4)
     messages = [{"role": "user", "content": "Hi"}]
-    body = {"model": "tiny", "messages": messages, "logprobs": True, "top_logprobs": 2, "max_tokens": 4, **GUIDED}
+    asked = {"messages": messages, "logprobs": True, "top_logprobs": 2, "max_tokens": 4, "ignore_eos": True}
+    body = {"model": "tiny", **asked, **GUIDED}
     content = served.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]["content"]
     assert len(content) == 4
     assert all(len(entry["top_logprobs"]) == 2 and entry["vas_tilted_logprob"] is not None for entry in content)
