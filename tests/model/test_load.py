@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,6 +17,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MambaConfig,
     PretrainedConfig,
@@ -22,8 +25,9 @@ from transformers import (
 )
 
 from tests.model.conftest import CONFIGS, Pair, random_model
-from vas_engine.errors import InvalidArgumentError, UnsupportedModelError
+from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, ValueArtifactError
 from vas_engine.model import AttentionBatch, CausalLM
+from vas_engine.values.value_model import load_backbone
 
 SHARED = Path(os.environ.get("VAS_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 MODELS = ["stories260K", "stories3M", "tinystories-656k"]
@@ -179,6 +183,54 @@ def test_pickled_weights_are_not_read(tmp_path):
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InvalidArgumentError, match="safetensors"):
+        CausalLM.load(tmp_path, device="cpu")
+
+
+def damaged(folder: Path, damage: str) -> None:
+    """A checkpoint of a tiny Llama that something is wrong with."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "not finite":
+        torch.nn.init.constant_(model.get_parameter(name), float("nan"))
+    model.save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    if damage in ("missing", "shape"):
+        tensors = load_file(weights)
+        tensors[name] = tensors[name][:5].contiguous()
+        if damage == "missing":
+            del tensors[name]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    if damage == "config":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "many"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "told"),
+    [
+        ("cut", InvalidArgumentError, "no readable .*safetensors"),
+        ("missing", UnsupportedModelError, "missing: .*layers.1.mlp.up_proj.weight"),
+        ("shape", UnsupportedModelError, "other shapes"),
+        ("not finite", UnsupportedModelError, "not finite"),
+        ("config", InvalidArgumentError, "hidden_size"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, damage, error, told):
+    """transformers makes up missing weights at random."""
+    damaged(tmp_path, damage)
+    with pytest.raises(error, match=told):
+        CausalLM.load(tmp_path, device="cpu")
+    if damage != "not finite":
+        with pytest.raises(ValueArtifactError, match=told):
+            load_backbone(tmp_path, dummy(LlamaConfig(**TINY)))
+
+
+def test_a_quantised_checkpoint_names_the_package_it_needs(tmp_path):
+    config = LlamaConfig(**TINY, quantization_config={"quant_method": "aqlm"})
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="aqlm"):
         CausalLM.load(tmp_path, device="cpu")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, nearest
@@ -24,6 +27,7 @@ DTYPES = {
     "fp16": torch.float16,
 }
 DUMMY_SEED = 0
+WRONG_SHAPES = "weights have other shapes than its config.json says (the log names them); download or save both again"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -113,7 +117,7 @@ def _move(model: Any, target: torch.device | torch.dtype) -> PreTrainedModel:
 def _read_config(model: str | Path, revision: str | None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         fix = f"needs a folder or hub name of a Hugging Face causal LM that transformers knows ({error})"
         raise InvalidArgumentError("model", str(model), fix) from error
 
@@ -139,14 +143,37 @@ def _read(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
     options |= sharding(config, tensor_parallel_size)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, **options
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, output_loading_info=True, **options
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InvalidArgumentError("model", str(model), f"no readable safetensors weights ({error})") from error
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # quantised ones ask for packages
         raise UnsupportedModelError(f"{model}: {error}") from error
+    except RuntimeError as error:
+        if not is_of_shapes(error):
+            raise
+        raise UnsupportedModelError(f"{model}: {WRONG_SHAPES}") from error
+    loaded, report = found
+    check_whole(model, report)
     return loaded if tensor_parallel_size > 1 else _move(loaded, place)
+
+
+def is_of_shapes(error: RuntimeError) -> bool:
+    """Whether it is transformers' for weights of other shapes than the config's, which it logs one by one."""
+    return "ignore_mismatched_sizes" in str(error)
+
+
+def check_whole(model: str | Path, report: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint without all weights: transformers makes up at random what is missing and only logs it.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{model}: weights are missing: {', '.join(missing[:5])}; download or save the whole causal LM"
+        )
 
 
 def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> PreTrainedModel:

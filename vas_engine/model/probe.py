@@ -106,6 +106,11 @@ def _check_layers(model: PreTrainedModel, probed: list[Probed]) -> None:
 
 def _check_rows_apart(model: PreTrainedModel, alone: torch.Tensor, packed: torch.Tensor) -> None:
     alone, packed = alone.float(), packed.float()
+    if not (bool(alone.isfinite().all()) and bool(packed.isfinite().all())):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its hidden states are not finite in {str(model.dtype).removeprefix('torch.')}; "
+            "its weights are not, or it needs another dtype (float32, bfloat16)"
+        )
     distance = float((alone - packed).norm() / alone.norm().clamp_min(1e-30))
     allowed = 1e-4 if model.dtype == torch.float32 else 3e-2
     if not distance <= allowed:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, ValueArtifactError, VASError
 from vas_engine.model.lm import CausalLM
+from vas_engine.model.loader import WRONG_SHAPES, is_of_shapes
 from vas_engine.model.ranks import sharding
 from vas_engine.values.base import base_fingerprint, check_base
 from vas_engine.values.config import HeadConfig, ValueConfig
@@ -46,8 +48,12 @@ def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
             output_loading_info=True,
             **_shares(folder, lm.tensor_parallel_size),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ValueArtifactError(f"{folder}: no readable Hugging Face model in safetensors ({error})") from error
+    except RuntimeError as error:
+        if not is_of_shapes(error):
+            raise
+        raise ValueArtifactError(f"{folder}: {WRONG_SHAPES}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
