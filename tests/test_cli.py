@@ -16,6 +16,7 @@ from vas_engine import LLM, SamplingParams, cli
 from vas_engine.cli import COMMANDS, FAILED, INTERRUPTED, OK, USAGE, main
 from vas_engine.commands.options import read_values
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.training import collect
 from vas_engine.values.artifact import save_value
 from vas_engine.values.config import default_config
 from vas_engine.values.network import ValueNetwork
@@ -102,6 +103,31 @@ def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     assert (code, out) == (FAILED, "")
     assert "pip install 'vas-engine[train]'" in err
     assert len(err.splitlines()) == 1
+
+
+def test_collect_asks_for_its_packages_before_it_samples(model, monkeypatch, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("ab\n")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr(LLM, "generate", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(collect, "sample_shards", lambda *_: pytest.fail("sampled"))
+    words = ["--prompts", tmp_path / "prompts.txt", "--reward", "length", "--out", tmp_path / "out"]
+    code, _, err = vas(capsys, "collect", model, *FAST, *words)
+    assert code == FAILED
+    assert "needs pyarrow; pip install 'vas-engine[train]'" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "demo", "evaluate"])
+def test_a_folder_that_cannot_be_is_one_line(model, capsys, tmp_path, command):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("ab\n")
+    words = [] if command == "demo" else [model, *FAST, "--prompts", prompts, "--reward", "length"]
+    out = prompts if command != "evaluate" else prompts / "out"
+    code, _, err = vas(capsys, command, *words, "--out", out)
+    assert code == FAILED
+    assert "prompts.txt" in err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("vas: error: ")
 
 
 def test_an_error_is_one_line_unless_a_traceback_is_asked_for(capsys):

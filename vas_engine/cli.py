@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback or extra is None:
             raise
         return _report(f"vas {name} needs {error.name}; pip install 'vas-engine[{extra}]'")
+    except OSError as error:  # a folder that is a file, a full disk, no permission
+        if traceback:
+            raise
+        return _report(_one_line(error))
 
 
 def _parser(name: str | None) -> argparse.ArgumentParser:

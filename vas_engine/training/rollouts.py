@@ -157,6 +157,8 @@ class RolloutWriter:
     """
 
     def __init__(self, folder: str | Path, header: Header) -> None:
+        import pyarrow  # noqa: F401  # wanted when the first shard has been sampled, asked for before
+
         self.folder, self.header = Path(folder), header
         self.shards: dict[str, int] = {}
         if (self.folder / INDEX).exists():
