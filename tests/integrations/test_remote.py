@@ -47,6 +47,7 @@ from vas_engine.integrations.remote import (
 from vas_engine.integrations.remote.journal import Journal
 from vas_engine.integrations.remote.llm import _Policy
 from vas_engine.integrations.remote.values import Ask
+from vas_engine.prompts import read_prompt
 from vas_engine.values.artifact import save_value
 from vas_engine.values.value_model import ValueModel
 
@@ -512,6 +513,45 @@ def test_what_stays_wrong_is_a_typed_error_of_that_request_alone(world, faulty, 
     assert all(output.error is None and output.finished for output in rest)
 
 
+@pytest.mark.parametrize("prompt", ["", "a\ud83d", [0, 1]], ids=["empty", "no-text", "ids-without-tokenizer"])
+def test_a_bad_prompt_among_good_ones_fails_alone(world, upstream, prompt) -> None:
+    llm = remote(world, upstream)
+    expected = texts(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+    failed, *rest = llm.generate([prompt, *PROMPTS], PARAMS, use_tqdm=False, on_error="return")
+    assert isinstance(failed.error, InvalidArgumentError)
+    assert failed.outputs[0].finish_reason == "error"
+    assert texts(rest) == expected
+
+
+def test_half_characters_among_the_alternatives_are_left_out(world, faulty) -> None:
+    """JSON writes half of a character as one escape of a pair."""
+    alternatives = b'{"\\ud83d": -0.1, "a": -3.0}'
+    answer = b'{"choices": [{"text": "a", "finish_reason": "length", "logprobs": {"tokens": ["a"], '
+    answer += b'"token_logprobs": [-3.0], "top_logprobs": [' + alternatives + b"]}}]}"
+    faulty.poison = {TEXT: (200, answer, {})}
+    params = SamplingParams(max_tokens=1, num_candidates=2, temperature=0.0, tail="drop")
+    assert remote(world, faulty.url).generate(TEXT, params, use_tqdm=False)[0].outputs[0].text == "a"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_what_is_new_comes_once_however_slowly_it_is_read(world, upstream, pause) -> None:
+    llm = remote(world, upstream)
+    told, ids = [""] * 4, [[] for _ in range(4)]
+
+    async def main() -> list:
+        async with llm.session() as session:
+            async for output in session.stream(read_prompt(TEXT), PARAMS.replace(n=4)):
+                for completion in output.outputs:
+                    told[completion.index] += completion.delta_text
+                    ids[completion.index] += completion.delta_token_ids
+                await asyncio.sleep(pause)
+            return output.outputs
+
+    outputs = asyncio.run(main())
+    assert told == [output.text for output in outputs]
+    assert ids == [output.token_ids for output in outputs]
+
+
 def record(completion) -> tuple:
     """A completion to compare, but for rounding."""
     numbers = [completion.kl, *completion.values["ones"], *completion.values["ended"]]
@@ -646,8 +686,13 @@ def test_values_that_cannot_serve_are_named(world, tmp_path) -> None:
         RemoteLLM("http://localhost/v1", "tiny", {"kind": tmp_path / "model"}, value_tokenizers={"kind": other})
     with pytest.raises(InvalidArgumentError, match="no such value"):
         RemoteLLM("http://localhost/v1", "tiny", value_tokenizers={"kind": other})
-    with pytest.raises(InvalidArgumentError, match="http://host:port/v1"):
-        RemoteLLM("localhost:8000", "tiny")
+    for address in ("localhost:8000", "http://", "http://localhost:port/v1", "http://[::1/v1", "ftp://localhost/v1"):
+        with pytest.raises(InvalidArgumentError, match="http://host:port/v1"):
+            RemoteLLM(address, "tiny")
+    for key in ("key\n", "schl\u00fcssel"):
+        with pytest.raises(InvalidArgumentError, match="api_key") as raised:
+            RemoteLLM("http://localhost/v1", "tiny", api_key=key)
+        assert key not in str(raised.value)
     with pytest.raises(InvalidArgumentError, match="did you mean 'max_requests'"):
         RemoteLLM("http://localhost/v1", "tiny", max_request=4)
 

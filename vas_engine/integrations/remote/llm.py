@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -92,8 +93,7 @@ class RemoteLLM:
         seed: int | None = None,
         **limits: Any,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise InvalidArgumentError("base_url", base_url, "write it as http://host:port/v1")
+        _check_address(base_url, api_key)
         if isinstance(values, str | Path):
             values = {"": values}
         self.base_url, self.model = base_url, model
@@ -139,8 +139,9 @@ class RemoteLLM:
             `token_ids` are -1 and the other entries of `logprobs` go by -2, -3 and so on.
 
         Raises:
-            InvalidArgumentError: before any request. VASError: with on_error="raise", the first request's error, when
-                the others are done; its attribute `outputs` holds all of them.
+            InvalidArgumentError: arguments that cannot work, before any request. VASError: with on_error="raise", the
+                first request's error (an empty prompt, say), when the others are done; its attribute `outputs` holds
+                all of them.
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
         read = read_prompts(prompts)
@@ -202,9 +203,13 @@ class RemoteLLM:
 
         async def run(session: Session, index: int) -> RequestOutput:
             output, known = None, 0
-            async for output in session.stream(prompts[index], params[index], index):
-                bar.update(output.metrics.generated_tokens - known)
-                known = output.metrics.generated_tokens
+            try:
+                async for output in session.stream(prompts[index], params[index], index):
+                    bar.update(output.metrics.generated_tokens - known)
+                    known = output.metrics.generated_tokens
+            except InvalidArgumentError as error:  # of this prompt; the others go on
+                failed = [CompletionOutput(i, finish_reason="error") for i in range(params[index].n)]
+                return RequestOutput(str(index), prompts[index].text, prompts[index].token_ids or [], failed, error)
             assert output is not None
             return output
 
@@ -277,10 +282,16 @@ class Session:
             for completion in completions
         ]
         try:
-            while not output.finished:
-                completion = await grown.get()
+            finished = False
+            while not finished:
+                await grown.get()
+                finished = output.finished  # as it is shown: it may end while the reader is busy
+                shown = [(len(c.delta_text), len(c.delta_token_ids)) for c in completions]
                 yield output
-                completion.delta_text, completion.delta_token_ids = "", []
+                # Others have had news of theirs shown beside it, and all may have grown since.
+                for completion, (chars, tokens) in zip(completions, shown, strict=True):
+                    completion.delta_text = completion.delta_text[chars:]
+                    completion.delta_token_ids = completion.delta_token_ids[tokens:]
             metrics.finished = time.monotonic()
         finally:
             for run in runs:
@@ -297,6 +308,8 @@ class Session:
             text = _without_start(text, tokenizer)
         if not text:
             raise InvalidArgumentError("prompt", text, "is empty; give some text")
+        if any(_is_half(c) for c in text):
+            raise InvalidArgumentError("prompt", text, "cannot be encoded; give valid Unicode text")
         return text, prompt.encode(tokenizer) if self.id_fields is not None else None
 
     async def _complete(
@@ -477,7 +490,9 @@ class _Text:
         """Whether a token is whole text, or has an id."""
         if self.ids is not None:
             return token.id is not None
-        piece = not token.text or "\ufffd" in token.text or token.text.startswith((*_PIECES, TOKEN_ID))
+        # Half of a character is U+FFFD, half of JSON's pair of escapes for one, or nothing.
+        half = any(c == "\ufffd" or _is_half(c) for c in token.text)
+        piece = not token.text or half or token.text.startswith((*_PIECES, TOKEN_ID))
         return not piece or self._ends(token)
 
     def _ends(self, token: Alternative) -> bool:
@@ -635,6 +650,24 @@ def _without_start(text: str, tokenizer: Any) -> str:
     if start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         return text[len(start) :]
     return text
+
+
+def _check_address(base_url: str, api_key: str | None) -> None:
+    try:
+        parts = urlsplit(base_url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, say
+        whole = False
+    if not whole:
+        raise InvalidArgumentError("base_url", base_url, "write it as http://host:port/v1")
+    # Headers take no other characters; the key itself is not to be told.
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidArgumentError("api_key", "...", "holds characters that no header takes, such as a line end")
+
+
+def _is_half(character: str) -> bool:
+    """Whether it is a surrogate, which no text on its way can hold."""
+    return "\ud800" <= character <= "\udfff"
 
 
 def _name(token: Alternative) -> int | str:
