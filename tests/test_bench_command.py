@@ -81,7 +81,10 @@ def test_a_folder_its_values_and_measured_rates(model, value, capsys):
         (["llama-8b", "--predict", "--gpu", "H200", "--kind", "readers"], FAILED, "did you mean 'reader'"),
         (["llama-8b", "--predict", "--gpu", "H200", "--dtype", "int8"], FAILED, "dtype='int8'"),
         (["llama-8b", "--predict", "--batch", "1,x"], USAGE, "use positive integers"),
+        (["llama-8b", "--predict", "--gpu", "H200", "--launch", "nan"], FAILED, "launch=nan"),
+        (["llama-8b", "--predict", "--gpu", "H200", "--step", "-1"], FAILED, "step=-1.0"),
         (["llama-8b", "--new-tokens", "0"], FAILED, "--new-tokens=0"),
+        (["nowhere", "--batch", "1,4", "--max-num-seqs", "2"], FAILED, "--max-num-seqs=2"),
     ],
 )
 def test_bad_input_is_one_line(words, code, message, capsys):

@@ -191,6 +191,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Decodes random prompts, plain and, where values are loaded, guided; the prediction beside it."""
     from vas_engine.engine import cost
 
+    if args.max_num_seqs is not None and args.max_num_seqs < max(args.batch):
+        fix = f"must be at least the largest --batch, {max(args.batch)}: all of its requests decode at once"
+        raise InvalidArgumentError("--max-num-seqs", args.max_num_seqs, fix)
     args.max_num_seqs = args.max_num_seqs or max(args.batch)
     args.max_model_len = args.max_model_len or room(max(args.context), args.new_tokens, max(args.batch))
     llm = load_llm(args)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.values.config import ValueConfig, config_parameters, default_config
 
@@ -67,6 +68,8 @@ class Device:
         for name, rate in rates.items():
             if not rate > 0:
                 raise InvalidArgumentError(name, rate, "use a positive rate per second")
+        for name in ("launch", "step"):
+            arguments.real(name, getattr(self, name), 0.0)
         for name in ("memory", "launch", "step"):
             if getattr(self, name) < 0:
                 raise InvalidArgumentError(name, getattr(self, name), "use a number that is not negative")
