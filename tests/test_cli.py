@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams, cli
@@ -335,6 +336,18 @@ def test_info_describes_a_model_and_its_value(model, value, capsys):
     assert report["values"]["kind"]["kind"] == "reader"
     assert report["values"]["kind"]["heads"][0]["name"] == "kind"
     assert "kind" in vas(capsys, "info", "--value", value)[1]
+
+
+def test_info_describes_a_checkpoint_of_another_project(model, capsys, tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
+    save_file(head, tmp_path / "value_head.safetensors")
+    code, out, _ = vas(capsys, "info", model, "--value", f"kind={tmp_path}", "--json", *FAST)
+    assert code == OK
+    assert json.loads(out)["values"]["kind"]["kind"] == "lookahead"
+    code, _, err = vas(capsys, "info", "--value", tmp_path)
+    assert code == FAILED
+    assert f"vas info MODEL --value {tmp_path}" in err
 
 
 def test_info_of_a_value_says_how_to_ask(value, capsys):

@@ -57,8 +57,12 @@ def run(args: argparse.Namespace) -> None:
         # Loading checks that the values fit: another model's is an error.
         llm = load_llm(args)
         report["model"] = describe_model(llm)
-    if folders:
-        report["values"] = {name or Path(folder).name: describe_value(folder) for name, folder in folders.items()}
+        # Checkpoints of other projects say little of themselves until they are loaded.
+        found = {name: value.config.to_dict() for name, value in llm.values.items()}
+    else:
+        found = {name: describe_value(folder) for name, folder in folders.items()}
+    if found:
+        report["values"] = {name or Path(folders[name]).name: told for name, told in found.items()}
     print(json.dumps(report, indent=2, default=str) if args.json else _as_text(report))
 
 

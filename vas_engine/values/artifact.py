@@ -111,6 +111,11 @@ def read_config(folder: str | Path) -> ValueConfig:
     if not path.is_file():
         raise ValueArtifactError(f"{folder}: no {CONFIG_FILE}; give a value folder")
     values = dict(read_json(path))
+    if "format_version" not in values:
+        raise ValueArtifactError(
+            f"{folder}: no value folder; a checkpoint with a head is known when it is loaded beside its base model "
+            f"(vas info MODEL --value {folder})"
+        )
     values.pop("sha256", None)
     return ValueConfig.from_dict(values)
 
