@@ -4,9 +4,11 @@ import json
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
 from vas_engine.cli import main
 from vas_engine.errors import TrainingDataError
+from vas_engine.model.fingerprint import vocabulary_hash
 from vas_engine.training import base, branching, plots
 from vas_engine.training.config import FitConfig
 from vas_engine.training.course import Course
@@ -57,7 +59,7 @@ def test_a_teacher_and_two_pupils(train, runs, model_folder):
     assert (runs / "taught" / "side" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_saved_states_and_a_distribution(train, runs):
+def test_saved_states_and_a_distribution(train, runs, model_folder):
     options = ("--kind", "action", "--states", "2", "--distributional", "--loss", "hl-gauss", "--bins", "21")
     status, out, _ = train(*options, "--lam", "0.9", "--json", out="spread")
     assert status == 0
@@ -65,6 +67,8 @@ def test_saved_states_and_a_distribution(train, runs):
     assert (report["base"], report["settings"]["loss"], report["settings"]["ema"]) == ("saved", "hl-gauss", 0.99)
     config = json.loads((runs / "spread" / "config.json").read_text())
     assert [head["support"]["bins"] for head in config["heads"]] == [21, 21]
+    # What it belongs to, the tokenizer too: another one is refused.
+    assert config["base"]["vocabulary"] == vocabulary_hash(AutoTokenizer.from_pretrained(model_folder))
 
 
 def test_discounted_values_reach_down_to_0(runs, model_folder):

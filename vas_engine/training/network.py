@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vas_engine.errors import InvalidArgumentError, nearest
+from vas_engine.values.base import base_fingerprint
 from vas_engine.values.config import HeadConfig, ValueConfig, default_config
 from vas_engine.values.network import ValueNetwork
 from vas_engine.values.value_model import ValueModel
@@ -51,6 +52,8 @@ def make_network(
             if backbone is not None:
                 raise InvalidArgumentError("backbone", backbone, 'only a network of kind "model" has one')
             config = _resized(default_config(kind, lm, heads), sizes)
+            # The default knows the model alone.
+            config = config.replace(base=base_fingerprint(lm, tokenizer))
             return ValueNetwork(config).bind(lm, tokenizer)
         if backbone is None:
             raise InvalidArgumentError("backbone", None, "name the model that the value model starts from")
