@@ -118,6 +118,14 @@ def test_collect_asks_for_its_packages_before_it_samples(model, monkeypatch, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_limits_of_a_server_are_named_as_they_are_written(capsys):
+    pytest.importorskip("fastapi", reason="serving needs pip install 'vas-engine[serve]'")
+    for option in ("--max-body", "--max-n", "--max-candidates", "--max-logprobs", "--max-waiting", "--step-timeout"):
+        code, _, err = vas(capsys, "serve", "nowhere", option, "0")
+        assert code == FAILED
+        assert f"{option}=0" in err
+
+
 @pytest.mark.parametrize("command", ["collect", "demo", "evaluate"])
 def test_a_folder_that_cannot_be_is_one_line(model, capsys, tmp_path, command):
     prompts = tmp_path / "prompts.txt"

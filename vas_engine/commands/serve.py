@@ -156,7 +156,8 @@ def read_settings(args: argparse.Namespace) -> Any:
     times = {
         name: getattr(args, name) for name in ("request_timeout", "write_timeout", "drain_timeout", "step_timeout")
     }
-    for name, number in {**given, **times, "max_waiting": args.max_waiting}.items():
+    for name in ("max_body", "max_n", "max_candidates", "max_logprobs", "max_waiting", *times):
+        number = getattr(args, name)
         if number is not None and number <= 0:
             raise InvalidArgumentError("--" + name.replace("_", "-"), number, "must be above 0")
     options = {
