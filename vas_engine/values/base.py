@@ -31,15 +31,13 @@ def check_base(config: ValueConfig, lm: CausalLM, tokenizer: Any | None = None) 
     """
     if config.vocab_size != lm.vocab_size:
         raise ValueArtifactError(
-            f"vocab_size={config.vocab_size}: the base model has {lm.vocab_size} tokens; load the value "
-            f"with the model and "
-            "tokenizer it was made for"
+            f"vocab_size={config.vocab_size}: the base model has {lm.vocab_size} tokens; load the value with the model "
+            "and tokenizer it was made for"
         )
     if config.kind != "model" and config.hidden_size != lm.hidden_size:
         raise ValueArtifactError(
-            f"hidden_size={config.hidden_size}: the base model has hidden states of {lm.hidden_size}; load "
-            f"the value with "
-            "the model it was made for"
+            f"hidden_size={config.hidden_size}: the base model has hidden states of {lm.hidden_size}; load the value "
+            "with the model it was made for"
         )
     _check_layers(config, lm)
     if not config.base:
@@ -50,11 +48,10 @@ def check_base(config: ValueConfig, lm: CausalLM, tokenizer: Any | None = None) 
         wanted, given = config.base.get(name), found.get(name)
         if wanted is not None and given is not None and wanted != given:
             what = "tokenizer" if name == "vocabulary" else "base model"
-            raise ValueArtifactError(
-                f"{name}: made for {wanted!r}, the loaded {what} has {given!r}; load the {what} the value "
-                f"was made for, "
-                "or train a value for this one"
-            )
+            fix = f"load the {what} the value was made for, or train a value for this one"
+            if name == "weights" and lm.dtype == torch.float16:
+                fix += "; if it is the same, load it in bfloat16 or float32: float16 rounds weights in its own way"
+            raise ValueArtifactError(f"{name}: made for {wanted!r}, the loaded {what} has {given!r}; {fix}")
 
 
 def _check_layers(config: ValueConfig, lm: CausalLM) -> None:
