@@ -95,6 +95,14 @@ def test_wrong_usage_names_the_nearest_command(capsys):
     assert "did you mean 'generate'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("wrong", "right"), [("--temprature", "--temperature"), ("--top_p=0.5", "--top-p")])
+def test_an_unknown_option_names_the_nearest(wrong, right, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "m", "Hi", wrong, "1"])
+    assert caught.value.code == USAGE
+    assert f"unknown option {wrong.partition('=')[0]}; did you mean '{right}'?" in capsys.readouterr().err
+
+
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):
     def missing(name):
         raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")

@@ -336,6 +336,20 @@ def test_what_is_no_request_at_all_is_refused_before_any_work(llm, prompts, opti
     assert llm.engine.stats.steps == steps
 
 
+@pytest.mark.parametrize(
+    ("call", "wrong", "right"),
+    [
+        ("generate", "sampling_parms", "sampling_params"),
+        ("generate", "params", "sampling_params"),
+        ("chat", "add_generation_promt", "add_generation_prompt"),
+        ("stream", "prority", "priority"),
+    ],
+)
+def test_an_unknown_argument_of_a_call_names_the_nearest(llm, call, wrong, right):
+    with pytest.raises(InvalidArgumentError, match=f"did you mean '{right}'"):
+        getattr(llm, call)("Hi", **{wrong: 1})
+
+
 def test_values_that_are_not_finite_end_their_request_only():
     base = make_llm()
     torch.manual_seed(1)

@@ -8,11 +8,11 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from vas_engine.errors import InvalidArgumentError, nearest
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound=Callable[..., Any])
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -27,26 +27,31 @@ def unknown_argument(name: str, value: object, known: Collection[str], aliases: 
 
 
 def names_nearest(aliases: Mapping[str, str] | None = None) -> Callable[[T], T]:
-    """Class decorator: an unknown keyword of the constructor names the nearest right one.
+    """Decorator of a function, or of a class for its constructor: an unknown keyword names the nearest right one.
 
     Python's own TypeError names the wrong keyword only. `aliases` maps names of other libraries to ours.
     """
 
-    def decorate(cls: T) -> T:
-        original = cls.__init__  # type: ignore[misc]
-        known = [name for name in inspect.signature(original).parameters if name != "self"]
-
-        @functools.wraps(original)
-        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-            for name in kwargs:
-                if name not in known:
-                    unknown_argument(name, kwargs[name], known, aliases or {})
-            original(self, *args, **kwargs)
-
-        cls.__init__ = checked  # type: ignore[misc]
-        return cls
+    def decorate(what: T) -> T:
+        if not isinstance(what, type):
+            return cast(T, _checked(what, aliases or {}))
+        what.__init__ = _checked(what.__init__, aliases or {})  # type: ignore[misc]
+        return what
 
     return decorate
+
+
+def _checked(original: Callable[..., Any], aliases: Mapping[str, str]) -> Callable[..., Any]:
+    known = [name for name in inspect.signature(original).parameters if name != "self"]
+
+    @functools.wraps(original)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in known:
+                unknown_argument(name, kwargs[name], known, aliases)
+        return original(*args, **kwargs)
+
+    return checked
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:

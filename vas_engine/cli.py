@@ -106,7 +106,14 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest command in place of listing all of them."""
+    """Names the nearest command, or option of a command, in place of listing all of them or none."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        if option and self.prog != "vas":
+            self.error(f"unknown option {option}; {nearest(option, self._option_string_actions)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice" in message and self.prog == "vas":

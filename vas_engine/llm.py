@@ -42,6 +42,7 @@ _ALIASES = {
     "tp_size": "tensor_parallel_size",
     "value": "values",
 }
+_CALL_ALIASES = {"params": "sampling_params"}
 
 
 @arguments.names_nearest(_ALIASES)
@@ -219,6 +220,7 @@ class LLM:
 
     # -- generating ------------------------------------------------------------------------------------------
 
+    @arguments.names_nearest(_CALL_ALIASES)
     def generate(
         self,
         prompts: Any,
@@ -258,6 +260,7 @@ class LLM:
             _raise_first(outputs)
         return outputs
 
+    @arguments.names_nearest(_CALL_ALIASES)
     def chat(
         self,
         messages: Any,
@@ -290,6 +293,7 @@ class LLM:
         """A conversation as the prompt that `chat` would run; `stream` takes it too."""
         return render_chat(self.tokenizer, messages, **options)
 
+    @arguments.names_nearest(_CALL_ALIASES)
     def stream(
         self, prompt: Any, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> Iterator[RequestOutput]:
