@@ -1,5 +1,9 @@
-"""Builds the C++ extensions; everything else is in pyproject.toml."""
+"""Builds the C++ extensions; everything else is in pyproject.toml.
 
+Hosts without a compiler say so by VAS_ENGINE_WITHOUT_CPP=1; the reference in torch then serves.
+"""
+
+import os
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -18,4 +22,5 @@ def extension(name: str, pattern: str) -> Pybind11Extension:
     )
 
 
-setup(ext_modules=[extension("_sampling", "csrc/sampling*.cpp"), extension("_attention", "csrc/attention*.cpp")])
+extensions = [extension("_sampling", "csrc/sampling*.cpp"), extension("_attention", "csrc/attention*.cpp")]
+setup(ext_modules=[] if os.environ.get("VAS_ENGINE_WITHOUT_CPP") == "1" else extensions)
