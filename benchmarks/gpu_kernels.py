@@ -1,4 +1,4 @@
-"""Kernels by themselves on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, attention
+"""Every kernel by itself on a GPU: bytes per second beside those of a copy, what sharing a prefix saves, attention
 beside others', and a reader as one kernel beside its parts.
 
 python -m benchmarks.gpu_kernels
@@ -12,7 +12,7 @@ import argparse
 import importlib
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from vas_engine.kernels import reference
 
-from benchmarks import record
+from benchmarks import gpu_cases, record
 from benchmarks.attention_peers import peers
+from benchmarks.gpu_cases import CommitCase, HeadCase, InputCase, PrefillCase
 from benchmarks.gpu_clock import Budget, Call, Ceilings, captured, measure_ceilings, seconds_per_call
 from benchmarks.record import spread
 from vas_engine.sampling import SamplingArrays
@@ -85,11 +86,32 @@ ATTENTION = [
 ]
 SAMPLER = [SamplerCase(batch, 128256, candidates) for batch in (1, 8, 64) for candidates in (0, 20)]
 READER = [ReaderCase(requests, context) for requests in (1, 8, 32) for context in (1024, 8192)]
-SMALL = (
-    [AttentionCase(3, 70, 5, heads=4, kv_heads=2, head_dim=64)],
-    [SamplerCase(3, 1000, 5)],
-    [ReaderCase(2, 20, 3, "tiny")],
-)
+HEADS = [HeadCase(requests, 21, hidden=hidden) for requests in (1, 32) for hidden in (0, 512)]
+INPUTS = [InputCase(requests, 21) for requests in (1, 32)]
+COMMITS = [CommitCase(requests, 21) for requests in (1, 32)]
+PREFILLS = [PrefillCase(1, 8192, 8192), PrefillCase(4, 8192, 1024), PrefillCase(32, 256, 256)]
+CASES: dict[str, Sequence[Any]] = {
+    "candidate_attention": ATTENTION,
+    "candidate_select": SAMPLER,
+    "value_head_tilt": HEADS,
+    "candidate_input": INPUTS,
+    "kv_commit": COMMITS,
+    "paged_prefill": PREFILLS,
+    "reader_step": READER,
+}
+SMALL: dict[str, Sequence[Any]] = {
+    "candidate_attention": [AttentionCase(3, 70, 5, heads=4, kv_heads=2, head_dim=64)],
+    "candidate_select": [SamplerCase(3, 1000, 5)],
+    "value_head_tilt": [HeadCase(3, 5, width=16, hidden=16)],
+    "candidate_input": [InputCase(3, 5, width=24)],
+    "kv_commit": [CommitCase(3, 5, layers=2, kv_heads=2, head_dim=16)],
+    "paged_prefill": [PrefillCase(2, 40, 20, heads=4, kv_heads=2, head_dim=64)],
+    "reader_step": [ReaderCase(2, 20, 3, "tiny")],
+}
+_ELSEWHERE = {"value_head_tilt": "value_tilt"}
+"""Kernels whose module has another name."""
+_TWINS = {"paged_prefill": "candidate_attention"}
+"""Kernels whose reference has another name."""
 
 
 def load(name: str, backend: str) -> Any:
@@ -99,10 +121,11 @@ def load(name: str, backend: str) -> Any:
         ModuleNotFoundError: there is no such kernel, or no Triton.
     """
     if backend == "reference":
-        if not hasattr(reference, name):
+        twin = _TWINS.get(name, name)
+        if not hasattr(reference, twin):
             raise ModuleNotFoundError(f"{name} is judged against its parts, which are its reference")
-        return getattr(reference, name)
-    return getattr(importlib.import_module(f"vas_engine.kernels.{name}"), name)
+        return getattr(reference, twin)
+    return getattr(importlib.import_module(f"vas_engine.kernels.{_ELSEWHERE.get(name, name)}"), name)
 
 
 def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
@@ -288,38 +311,76 @@ def measure_reader(
     }
 
 
-KERNELS: dict[str, Any] = {
+def measure_case(
+    case: gpu_cases.Case, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
+) -> dict[str, Any]:
+    """Seconds of one call, as a CUDA graph or not.
+
+    Raises:
+        ValueError: the result is not the reference's.
+    """
+    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
+    inputs = [case.inputs(device, seed) for seed in range(copies)]
+    gpu_cases.check(case, run, inputs[0])
+    calls, captures = _captured([partial(run, **case.prepare(run, given)) for given in inputs], device, capture)
+    seconds = seconds_per_call(calls, device)
+    median = statistics.median(seconds)
+    return {
+        **asdict(case),
+        "bytes": case.bytes,
+        "seconds": spread(seconds),
+        "captured": captures,
+        "bytes_per_second": case.bytes / median,
+        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
+        "of_matrix_rate": case.flops / median / ceilings.flops,
+    }
+
+
+MEASURES: dict[str, Any] = {
     "candidate_attention": measure_attention,
     "candidate_select": measure_sampler,
     "reader_step": measure_reader,
 }
+"""Of kernels with a way of their own to be measured."""
 
 
 def measure(
     device: torch.device,
     backend: str,
-    attention: Sequence[AttentionCase],
-    sampler: Sequence[SamplerCase],
-    reader: Sequence[ReaderCase],
+    several: Mapping[str, Sequence[Any]],
     ceilings: Ceilings,
     budget: Budget,
     small: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A row for every case; what there was no time for, or failed, says why."""
-    several: tuple[Sequence[Any], ...] = (attention, sampler, reader)
-    for name, cases in zip(KERNELS, several, strict=True):
+    for name, cases in several.items():
+        way = MEASURES.get(name, measure_case)
         for case in cases:
             row: dict[str, Any] = {"kernel": name}
             if budget.left <= 0:
                 row |= {**asdict(case), "skipped": "out of time"}
             else:
                 try:
-                    row |= KERNELS[name](case, load(name, backend), device, ceilings, not small)
+                    row |= way(case, load(name, backend), device, ceilings, not small)
                 except ModuleNotFoundError as error:
                     row |= {**asdict(case), "skipped": str(error)}
                 except Exception as error:  # of whatever sort: the other cases are to be measured
                     row |= {**asdict(case), "failed": f"{type(error).__name__}: {error}"}
             yield row
+
+
+def _described(row: dict[str, Any]) -> str:
+    """Its case in some 30 letters."""
+    words = {
+        "candidate_attention": "{requests} x {context}, {rows} rows, {heads} heads",
+        "candidate_select": "{requests} x {vocabulary}, {candidates} candidates",
+        "value_head_tilt": "{requests} x {rows}, {width} wide, {hidden} hidden",
+        "candidate_input": "{requests} x {rows}, {width} wide",
+        "kv_commit": "{requests} of {rows}, {layers} layers",
+        "paged_prefill": "{requests} x {context}, {rows} rows",
+        "reader_step": "{requests} x {context}, {rows} rows, {shape}",
+    }
+    return words[row["kernel"]].format(**row)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -329,12 +390,7 @@ def table(report: dict[str, Any]) -> str:
         f"{'kernel':<21}{'case':<34}{'us':>9}{'GB/s':>8}{'of copy':>9}  times faster than",
     ]
     for row in report["results"]:
-        if row["kernel"] == "candidate_attention":
-            case = f"{row['requests']} x {row['context']}, {row['rows']} rows, {row['heads']} heads"
-        elif row["kernel"] == "candidate_select":
-            case = f"{row['requests']} x {row['vocabulary']}, {row['candidates']} candidates"
-        else:
-            case = f"{row['requests']} x {row['context']}, {row['rows']} rows, {row['shape']}"
+        case = _described(row)
         if "seconds" not in row:
             state = "skipped" if "skipped" in row else "FAILED"
             lines.append(f"{row['kernel']:<21}{case:<34}  {state}: {row[state.lower()].splitlines()[0]}")
@@ -361,11 +417,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="no case is begun after that (60)")
     parser.add_argument("--json", type=Path, metavar="OUT", default=record.RESULTS / "gpu_kernels.json")
     options = parser.parse_args(arguments)
-    cases = SMALL if options.small else (ATTENTION, SAMPLER, READER)
+    cases = SMALL if options.small else CASES
     device, budget, circumstances = torch.device(options.device), Budget(options.seconds), record.circumstances()
     ceilings = measure_ceilings(device, large=not options.small)
     report: dict[str, Any] = {"ceilings": asdict(ceilings), "backend": options.backend, "results": []}
-    for row in measure(device, options.backend, *cases, ceilings, budget, options.small):
+    for row in measure(device, options.backend, cases, ceilings, budget, options.small):
         report["results"].append(row)
         record.write(options.json, {**circumstances, **report})
     print(table(report))

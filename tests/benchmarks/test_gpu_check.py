@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from vas_engine.kernels import compile as ahead
 
 from benchmarks import (
     attention_peers,
@@ -153,7 +154,10 @@ def test_kernels_are_measured_and_checked(tmp_path: Path, capsys: pytest.Capture
     options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(out)]
     assert gpu_kernels.main(options) == OK
     report = json.loads(out.read_text())
-    attention, sampler, reader = report["results"]
+    attention, sampler, *others, reader = report["results"]
+    assert [row["kernel"] for row in others] == ["value_head_tilt", "candidate_input", "kv_commit", "paged_prefill"]
+    assert all(row["of_copy_bandwidth"] > 0 for row in others)
+    assert others[0]["of_matrix_rate"] > 0 < others[-1]["of_matrix_rate"]
     assert "its parts" in reader["skipped"]
     assert attention["times_faster"] > 0 < sampler["of_copy_bandwidth"]
     assert {"machine", "versions", "commit", "time", "ceilings"} <= set(report)
@@ -165,17 +169,40 @@ def test_kernels_are_measured_and_checked(tmp_path: Path, capsys: pytest.Capture
     assert "out of time" in capsys.readouterr().out
 
 
-def test_a_wrong_kernel_is_no_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "spoiled"),
+    [
+        ("candidate_attention", "q"),
+        ("value_head_tilt", "features"),
+        ("candidate_input", "places"),
+        ("kv_commit", "rows"),
+        ("paged_prefill", "prefix_lens"),
+    ],
+)
+def test_a_wrong_kernel_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: str, spoiled: str
+) -> None:
     load = gpu_kernels.load
 
     def load_wrong(name: str, backend: str) -> object:
         right = load(name, backend)
-        return right if name != "candidate_attention" else lambda **given: right(**given) * 1.02
+        return right if name != kernel else lambda **given: right(**{**given, spoiled: given[spoiled].flip(0)})
 
     monkeypatch.setattr(gpu_kernels, "load", load_wrong)
     options = ["--device", "cpu", "--small", "--backend", "reference", "--json", str(tmp_path / "out.json")]
     assert gpu_kernels.main(options) == FAILED
-    assert "differs from the reference" in json.loads((tmp_path / "out.json").read_text())["results"][0]["failed"]
+    rows = {row["kernel"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert "differs from the reference" in rows[kernel]["failed"]
+    assert [name for name, row in rows.items() if "failed" in row] == [kernel]
+
+
+def test_every_kernel_has_cases() -> None:
+    """All that compile ahead of time; write_pages and the layout of rows are parts of others' steps."""
+    modules = {"value_tilt": "value_head_tilt"}
+    named = {modules.get(name, name) for name in ahead.MODULES} - {"candidate_rows"}
+    assert gpu_kernels.CASES.keys() == gpu_kernels.SMALL.keys() == named
+    for name in named - {"reader_step"}:
+        assert gpu_kernels.load(name, "reference")
 
 
 def test_a_wrong_peer_is_no_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
