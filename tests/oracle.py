@@ -14,6 +14,7 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -46,8 +47,22 @@ def head_outputs(lm, network, prefixes: Sequence[Sequence[int]]) -> torch.Tensor
     return output[torch.arange(len(prefixes)), lengths - 1]
 
 
-def base_log_probs(logits: torch.Tensor, params: SamplingParams, prefix: Sequence[int]) -> torch.Tensor:
-    """log pi0 [V] with Hugging Face's own warpers; temperature 0 reads as 1."""
+def base_log_probs(
+    logits: torch.Tensor, params: SamplingParams, prefix: Sequence[int], prompt_len: int | None = None
+) -> torch.Tensor:
+    """log pi0 [V] with Hugging Face's own warpers behind bias and penalties; temperature 0 reads as 1.
+
+    What stands behind the first ``prompt_len`` tokens was generated; None: nothing was.
+    """
+    logits = logits.clone()
+    for token, bias in (params.logit_bias or {}).items():
+        logits[token] += bias
+    if params.repetition_penalty != 1:
+        penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+        logits = penalty(torch.tensor([list(prefix)]), logits[None])[0]
+    generated = list(prefix[prompt_len:]) if prompt_len is not None else []
+    for token in set(generated):
+        logits[token] -= params.frequency_penalty * generated.count(token) + params.presence_penalty
     warpers = LogitsProcessorList()
     if params.temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(params.temperature))
@@ -61,18 +76,23 @@ def base_log_probs(logits: torch.Tensor, params: SamplingParams, prefix: Sequenc
     return torch.log_softmax(scores, -1)
 
 
-def guided_policy(lm, networks: dict, params: SamplingParams, prefix: Sequence[int]) -> torch.Tensor:
+def guided_policy(
+    lm, networks: dict, params: SamplingParams, prefix: Sequence[int], prompt_len: int | None = None
+) -> torch.Tensor:
     """pi(. | prefix), float64 [V], straight from the definition.
 
     Args:
         networks: value name -> (network, index of the head).
+        prompt_len: see `base_log_probs`.
     """
-    log_pi0 = base_log_probs(next_logits(lm, [prefix])[0], params, prefix)
+    log_pi0 = base_log_probs(next_logits(lm, [prefix])[0], params, prefix, prompt_len)
     support = torch.isfinite(log_pi0).nonzero()[:, 0]
     order = sorted(support.tolist(), key=lambda a: (-log_pi0[a].item(), a))
     candidates = order[: params.num_candidates]
     tilt = torch.zeros(len(log_pi0), dtype=torch.float64)
     for name, weight in params.values.items():
+        if not weight:
+            continue
         network, head = networks[name]
         outputs = head_outputs(lm, network, [list(prefix), *([*prefix, a] for a in candidates)])
         utility = _utility(network, outputs, head, weight, params.tilt)
@@ -91,8 +111,10 @@ def _utility(network, outputs: torch.Tensor, head: int, weight: float, tilt: str
     values = network.heads.mean(outputs)[:, head].double()
     if tilt == "mean":
         return weight * values
-    weights = torch.full((len(outputs), network.heads.mean(outputs).shape[1]), float(weight))
-    return network.heads.utility(outputs, weights, torch.ones(len(outputs), dtype=torch.bool))[:, head].double()
+    support = network.heads.configs[head].support
+    atoms = torch.linspace(support.min, support.max, support.bins, dtype=torch.float64)
+    log_p = outputs[:, network.heads.slices[head]].double().log_softmax(-1)
+    return torch.logsumexp(log_p + weight * atoms, -1)
 
 
 def enumerate_policy(
