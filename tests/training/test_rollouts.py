@@ -7,7 +7,15 @@ import torch
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.training.base import read_states
-from vas_engine.training.rollouts import Header, Rollout, RolloutWriter, load_rollouts, load_states
+from vas_engine.training.rollouts import (
+    Header,
+    Rollout,
+    RolloutWriter,
+    from_bytes,
+    load_rollouts,
+    load_states,
+    to_bytes,
+)
 
 HEADER = Header(
     fingerprint={"architecture": "Tiny", "weights": "abc"},
@@ -150,6 +158,14 @@ def test_hidden_states_beside_a_shard(tmp_path):
     assert [torch.equal(a, b) for a, b in zip(found, states, strict=True)] == [True, True]
     with pytest.raises(TrainingDataError, match="does not exist"):
         load_states(tmp_path / "run", 1)
+
+
+@pytest.mark.parametrize("states", [None, [torch.randn(3, 4, dtype=torch.bfloat16), torch.randn(1, 4).bfloat16()]])
+def test_a_shard_as_bytes_is_the_shard(states):
+    rows, found = from_bytes(to_bytes(SHARDS[0], HEADER, states), HEADER)
+    assert rows == SHARDS[0]
+    assert (found is None) == (states is None)
+    assert all(map(torch.equal, found or [], states or []))
 
 
 def test_states_are_those_of_the_shards_that_the_index_names(tmp_path):

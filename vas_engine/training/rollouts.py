@@ -14,6 +14,7 @@ writes into a folder.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -236,9 +237,27 @@ def load_states(folder: str | Path, shard: int | str) -> list[torch.Tensor]:
     path = Path(folder) / Path(name).with_suffix(".safetensors")
     if not path.exists():
         raise TrainingDataError(f"{path} does not exist: collect with hidden states to have it")
-    tensors = load_file(path)
-    offsets = tensors["offsets"].tolist()
-    return [tensors["states"][start:stop] for start, stop in pairwise(offsets)]
+    return _split(load_file(path))
+
+
+def to_bytes(rollouts: Sequence[Rollout], header: Header, states: Sequence[torch.Tensor] | None = None) -> list[bytes]:
+    """A shard's two files, to be carried between machines; the second is empty without hidden states."""
+    import pyarrow.parquet as parquet
+    from safetensors.torch import save
+
+    rows = io.BytesIO()
+    parquet.write_table(_to_table(rollouts, header), rows, compression="zstd")
+    return [rows.getvalue(), b"" if states is None else save(_joined(states))]
+
+
+def from_bytes(files: Sequence[bytes], header: Header) -> tuple[list[Rollout], list[torch.Tensor] | None]:
+    """What `to_bytes` was given."""
+    import pyarrow.parquet as parquet
+    from safetensors.torch import load
+
+    rows, tensors = files
+    found = [_to_rollout(row, header) for row in parquet.read_table(io.BytesIO(rows)).to_pylist()]
+    return found, _split(load(tensors)) if tensors else None
 
 
 def _to_table(rollouts: Sequence[Rollout], header: Header) -> Any:
@@ -323,8 +342,16 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
 def _save_states(states: Sequence[torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
+    save_file(_joined(states), path)
+
+
+def _joined(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     lengths = torch.tensor([0, *map(len, states)])
-    save_file({"states": torch.cat(list(states)).cpu().contiguous(), "offsets": lengths.cumsum(0)}, path)
+    return {"states": torch.cat(list(states)).cpu().contiguous(), "offsets": lengths.cumsum(0)}
+
+
+def _split(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors["states"][start:stop] for start, stop in pairwise(tensors["offsets"].tolist())]
 
 
 def _shard_name(shard: int) -> str:

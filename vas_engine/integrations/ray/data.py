@@ -23,7 +23,7 @@ from vas_engine.tokenizer import as_prompt
 from vas_engine.training.collect import CollectConfig, Job, encode_prompt, sample_shards
 from vas_engine.training.rewards import RewardProcess
 from vas_engine.training.rewards.score import BATCH_SIZE
-from vas_engine.training.rollouts import Header, Rollout, Rollouts, RolloutWriter, load_rollouts
+from vas_engine.training.rollouts import Header, Rollout, Rollouts, RolloutWriter, from_bytes, load_rollouts, to_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,7 +86,7 @@ def collect_on_ray(
         tqdm(total=rows, initial=rows - left, desc="collect", unit="response", disable=not use_tqdm) as bar,
         _own_errors(),
     ):
-        for shard, rollouts, states in _collected(missing, workers, options, (*work, reward_batch_size)):
+        for shard, rollouts, states in _collected(missing, header, workers, options, (*work, reward_batch_size)):
             writer.write(shard, rollouts, states)
             bar.update(len(rollouts))
     return load_rollouts(out)
@@ -178,7 +178,7 @@ def _plan(
 
 
 def _collected(
-    shards: Sequence[int], workers: int, options: dict[str, Any], work: tuple
+    shards: Sequence[int], header: Header, workers: int, options: dict[str, Any], work: tuple
 ) -> Iterator[tuple[int, list[Rollout], Any]]:
     """Has workers sample and score shards: yields (number, rollouts, hidden states or None) as they are done."""
     if not shards:
@@ -195,7 +195,7 @@ def _collected(
         **options,
     )
     for row in results.iter_rows():
-        yield row["shard"], *ray.cloudpickle.loads(row["rollouts"])
+        yield row["shard"], *from_bytes((row["rows"], row["states"]), header)
 
 
 class _Collector:
@@ -212,6 +212,7 @@ class _Collector:
     ) -> None:
         self._process = RewardProcess(rewards, **scoring)
         self._job = _job(llm, ray.get(prompts), self._process, config)
+        self._header = self._job.header()
         self._batch_size = batch_size
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
@@ -237,7 +238,8 @@ class _Collector:
         states = None
         if self._job.config.hidden_states:
             states = [completion.hidden_states.cpu() for output in outputs for completion in output.outputs]
-        return {"shard": [shard.number], "rollouts": [ray.cloudpickle.dumps((rollouts, states))]}
+        rows, tensors = to_bytes(rollouts, self._header, states)
+        return {"shard": [shard.number], "rows": [rows], "states": [tensors]}
 
 
 # -- generating --------------------------------------------------------------------------------------------
