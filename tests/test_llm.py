@@ -190,6 +190,16 @@ def test_return_hidden_states(llm):
     torch.testing.assert_close(output.hidden_states, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_hidden_states_are_whole_where_the_prefix_is_cached(llm):
+    prompt = "A prompt that fills more than two pages of the cache"
+    plain = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+    asked = GREEDY.replace(return_hidden_states=True)
+    first, second = (llm.generate(prompt, asked, use_tqdm=False)[0].outputs[0] for _ in range(2))
+    assert first.token_ids == second.token_ids == plain.outputs[0].token_ids
+    assert len(first.hidden_states) == len(plain.prompt_token_ids) + len(first.token_ids)
+    torch.testing.assert_close(second.hidden_states, first.hidden_states, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [None, "reader", "lookahead"])
 def test_hidden_states_end_with_the_last_token_where_a_stop_string_ends_the_text(kind):
     bare = make_llm()

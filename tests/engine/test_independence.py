@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from tests.engine.conftest import KINDS, drain, engine, generate, network, tokens
+from tests.engine.conftest import KINDS, distributional, drain, engine, generate, network, tokens
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import fork_seed
 from vas_engine.values.config import HeadConfig
@@ -122,24 +122,34 @@ def test_without_weight_it_is_plain_sampling(lm, kind: str | None) -> None:
         assert generate(engine(lm, nets), NEEDLE, needle_params(kind))[0] != plain
 
 
-BOUNDED = (HeadConfig("v", "v", bounds=(-0.5, 0.5)),)
+BOUNDED = HeadConfig("v", "v", bounds=(-0.5, 0.5))
+BOUNDS: dict[str, tuple[tuple[HeadConfig, ...] | None, dict]] = {
+    "head": ((BOUNDED,), {}),
+    "clip": (None, {"advantage_clip": 0.4}),
+    "several": ((BOUNDED, distributional(-1.0, 0.5, name="w")), {"values": {"v.v": -1.5, "v.w": 2.0}}),
+    "optimal": ((distributional(-0.5, 0.5, name="v"),), {"values": {"v": -3.0}, "tilt": "optimal"}),
+    "optimal and clip": ((distributional(name="v"),), {"tilt": "optimal", "advantage_clip": 0.3}),
+    "mean of all": (None, {"advantage_clip": 0.4, "baseline": "candidate-mean"}),
+}
+"""What bounds a tilt; the mean over all candidates leaves none out."""
+EVERY_KIND = [(kind, bound) for kind in KINDS for bound in ("head", "clip")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tail", ["keep", "drop"])
-@pytest.mark.parametrize("bound", ["head", "clip"])
+@pytest.mark.parametrize(
+    ("kind", "bound"), [*EVERY_KIND, *(("reader", b) for b in BOUNDS if b not in ("head", "clip"))]
+)
 def test_pruned_equals_unpruned(lm, kind: str, tail: str, bound: str) -> None:
-    nets = {"v": network(kind, lm, BOUNDED if bound == "head" else None)}
-    clip = {"advantage_clip": 0.4} if bound == "clip" else {}
+    heads, options = BOUNDS[bound]
+    nets = {"v": network(kind, lm, heads)}
     spared = 0
     for seed in range(4):
-        ask = needle_params(kind, seed=seed, num_candidates=12, tail=tail, max_tokens=25, **clip)
+        ask = needle_params(kind, seed=seed, num_candidates=12, tail=tail, max_tokens=25, **options)
         pruning, whole = engine(lm, nets), engine(lm, nets)
         assert generate(pruning, NEEDLE, ask) == generate(whole, NEEDLE, ask.replace(prune=False))
         assert whole.stats.pruned_rows == 0
         spared += pruning.stats.pruned_rows
-    if kind not in ("lookahead", "side-lookahead"):
-        assert spared > 0
+    assert (spared > 0) == (kind not in ("lookahead", "side-lookahead") and bound != "mean of all")
 
 
 def test_guided_rows_of_one_step_cost_no_extra_row_of_the_base_model(lm) -> None:

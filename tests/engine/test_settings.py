@@ -31,7 +31,7 @@ def maybe(rng: random.Random, chance: float, **options) -> dict:
 
 
 def settings(rng: random.Random) -> SamplingParams:
-    options = {"seed": rng.randrange(2**64), "max_tokens": rng.choice([3, 6]), "n": rng.choice([1, 1, 2])}
+    options = {"seed": rng.randrange(2**64), "max_tokens": rng.choice([3, 6]), "n": rng.choice([1, 2, 3])}
     options |= maybe(rng, 0.3, temperature=[0.0, 0.5, 1.7], ignore_eos=[True], min_tokens=[2], stop_token_ids=[[3, 7]])
     options |= maybe(rng, 0.2, top_k=[1, 5], top_p=[0.3, 0.9], min_p=[0.02, 0.2])
     options |= maybe(rng, 0.3, repetition_penalty=[0.7, 1.3], frequency_penalty=[-0.8, 0.8], presence_penalty=[0.8])
