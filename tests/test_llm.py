@@ -1,5 +1,6 @@
 """LLM end to end: batches, streams, chats, bad requests among good ones, Ctrl-C, memory."""
 
+import inspect
 import signal
 import subprocess
 import sys
@@ -695,6 +696,29 @@ def test_the_package_names_what_it_exports():
         assert name in dir(vas_engine)
     with pytest.raises(AttributeError, match="nothing"):
         vas_engine.nothing  # noqa: B018
+
+
+def test_arguments_and_defaults_are_those_of_the_design():
+    loading = {name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()}
+    assert list(loading)[:2] == ["model", "values"]
+    wanted = {
+        "values": None,
+        "device": "auto",
+        "dtype": "auto",
+        "load_format": "auto",
+        "max_num_seqs": None,
+        "max_num_batched_tokens": None,
+        "max_model_len": None,
+        "kv_cache_memory": None,
+        "block_size": 16,
+        "attention_backend": "auto",
+        "enforce_eager": None,  # False on a GPU, where it costs little; not on a CPU
+        "enable_prefix_caching": True,
+    }
+    assert {name: loading[name] for name in wanted} == wanted
+    for call in (LLM.generate, LLM.chat):
+        assert list(inspect.signature(call).parameters)[2] == "sampling_params"
+        assert inspect.signature(call).parameters["use_tqdm"].default is True
 
 
 def test_read_prompts_tells_one_from_many():

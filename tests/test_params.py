@@ -97,6 +97,16 @@ def test_defaults_are_plain_sampling_from_the_whole_vocabulary():
     assert (params.num_candidates, params.tail, params.baseline, params.tilt) == (20, "keep", "state", "mean")
 
 
+def test_arguments_and_defaults_are_those_of_the_design():
+    wanted = {"n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None, "max_tokens": None}
+    wanted |= {"min_tokens": 0, "stop": (), "stop_token_ids": (), "ignore_eos": False, "logprobs": None}
+    wanted |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}}
+    wanted |= {"values": {}, "num_candidates": 20, "tail": "keep", "baseline": "state", "tilt": "mean"}
+    wanted |= {"advantage_clip": None}
+    params = SamplingParams()
+    assert {name: getattr(params, name) for name in wanted} == wanted
+
+
 def test_values_are_normalised_to_plain_types():
     half = np.float32(0.5)
     ids = np.array([3, 4])

@@ -1,6 +1,7 @@
 """The threads of the C++ extensions: PyTorch's own pool, and a pool of their own where there is none to borrow."""
 
 import os
+import threading
 import time
 
 import numpy as np
@@ -64,3 +65,29 @@ def test_forked_child_has_threads_of_its_own(two_threads):
     os.kill(child, 9)
     os.waitpid(child, 0)
     pytest.fail("the child waits for threads that it does not have")
+
+
+@pytest.mark.skipif(not has_extension(), reason="needs the C++ extension")
+def test_other_threads_go_on_while_candidates_are_selected():
+    """A server answers meanwhile: the interpreter's lock is not held."""
+    logits = torch.randn(16, 2**18)
+    arrays = SamplingArrays.build(16, top_p=0.9, seed=np.arange(16), num_candidates=20)
+    span = []
+
+    def work():
+        select(logits[:1], np.zeros(1, np.int64), SamplingArrays.build(1))  # what a first call does once is done
+        start = time.perf_counter()
+        while time.perf_counter() < start + 0.5:
+            begun = time.perf_counter()
+            select(logits, np.arange(16), arrays, "cpp")
+            span.append((begun, time.perf_counter()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    seen = []
+    while thread.is_alive():
+        seen.append(time.perf_counter())
+        time.sleep(0)
+    # Some time in the middle of a call: its ends hold the lock in any case.
+    inside = [(begun + 0.1 * (end - begun), end - 0.1 * (end - begun)) for begun, end in span]
+    assert any(first < moment < last for first, last in inside for moment in seen)

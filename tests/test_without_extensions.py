@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_the_reference_serves_where_nothing_was_built() -> None:
         pytest.skip("the extensions are not built here")
     assert (there[0].split()[0], there[1]) == ("cpp", "cpp")
     assert run("_sampling", "_attention") == [tokens, "reference", "reference"]
+
+
+def test_building_needs_no_torch() -> None:
+    """Plain buffers are bound, so one build serves every version of torch."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert not [name for name in needed if name.startswith("torch")]
+    lines = [line for path in (ROOT / "csrc").iterdir() for line in path.read_text(encoding="utf-8").splitlines()]
+    included = [line for line in lines if line.lstrip().startswith("#include")]
+    assert included
+    assert not [line for line in included if any(word in line for word in ("torch", "ATen", "c10"))]
 
 
 def test_the_extensions_are_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
