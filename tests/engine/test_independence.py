@@ -126,12 +126,12 @@ BOUNDED = HeadConfig("v", "v", bounds=(-0.5, 0.5))
 BOUNDS: dict[str, tuple[tuple[HeadConfig, ...] | None, dict]] = {
     "head": ((BOUNDED,), {}),
     "clip": (None, {"advantage_clip": 0.4}),
-    "several": ((BOUNDED, distributional(-1.0, 0.5, name="w")), {"values": {"v.v": -1.5, "v.w": 2.0}}),
-    "optimal": ((distributional(-0.5, 0.5, name="v"),), {"values": {"v": -3.0}, "tilt": "optimal"}),
+    "several": ((BOUNDED, distributional(-1.0, 0.2, name="w")), {"values": {"v.v": 1.5, "v.w": -3.0}}),
+    "optimal": ((distributional(-0.1, 0.9, name="v"),), {"values": {"v": -3.0}, "tilt": "optimal"}),
     "optimal and clip": ((distributional(name="v"),), {"tilt": "optimal", "advantage_clip": 0.3}),
     "mean of all": (None, {"advantage_clip": 0.4, "baseline": "candidate-mean"}),
 }
-"""What bounds a tilt; the mean over all candidates leaves none out."""
+"""What bounds a tilt: a weight below 0 turns an interval round. The mean over all candidates leaves none out."""
 EVERY_KIND = [(kind, bound) for kind in KINDS for bound in ("head", "clip")]
 
 
