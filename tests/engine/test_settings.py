@@ -1,7 +1,7 @@
 """Any settings together: what comes out is what the definition says, whatever runs beside it.
 
-Requests of random settings run in one batch, with prefixes shared, pages that do not suffice and prompts in chunks. Every
-token, log-probability, value and divergence is held against full recomputation by tests/oracle.py.
+Requests of random settings run in one batch, with prefixes shared, pages that do not suffice and prompts in chunks.
+Every token, log-probability, value and divergence is held against full recomputation by tests/oracle.py.
 """
 
 from __future__ import annotations
