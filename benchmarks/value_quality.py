@@ -116,7 +116,6 @@ def plan(most: int) -> list[Run]:
     changes: dict[str, dict[str, Any]] = {
         "no consistency": {"consistency": 0.0},
         "consistency 15": {"consistency": 15.0},
-        "no increments": {"increments": 0.0},
         "λ 0.5": {"lam": 0.5},
         "λ 0.95": {"lam": 0.95},
         "small batches": {"batch_tokens": 2_048},

@@ -44,7 +44,8 @@ def test_what_is_earned_tells_more_than_the_mean_from_the_start(network):
     finals = ((rollouts.rewards(["x"]).float() - critic.mean) / critic.std)[400:, None]
     share = (torch.arange(1, PARTS + 1) / critic.longest)[None, :, None].expand(100, -1, -1)
     with torch.no_grad():
-        judged = critic(torch.zeros(100, PARTS, network.heads.width), critic.partial[400:], share)
+        told = critic.partial[400:], critic.earned[400:]
+        judged = critic(torch.zeros(100, PARTS, network.heads.width), *told, share)
     missed = (judged - finals).square().mean((0, 2)) / finals.square().mean()
     # At most what is left of a random walk, and a little for the share being less than the root of its variance.
     assert bool((missed < 1.05 - share[0, :, 0] ** 2).all())

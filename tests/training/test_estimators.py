@@ -63,7 +63,7 @@ def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
     ("head", "settings"),
     [
         ({}, {"consistency": 0.0}),
-        ({}, {"consistency": 0.0, "increments": 0.0, "lam": 0.0}),
+        ({}, {"consistency": 0.0, "lam": 0.0}),
         ({}, {"consistency": 3.0}),
         # Of two atoms the mean is the whole distribution.
         ({"distributional": True, "bins": 2}, {"consistency": 3.0}),
@@ -71,7 +71,6 @@ def test_converges_to_the_exact_values(lm, solution, rollouts, head, settings):
 )
 def test_a_critic_that_knows_the_rewards_of_beginnings_leads_to_the_exact_values(lm, solution, head, settings):
     parts = sample(lm, solution, 1500, every=1)
-    # Increments outweigh the level, which takes more steps to find.
     network, report = train(lm, parts, head=head, **{"batch_tokens": 256, "lr": 2e-3, **settings})
     assert report.settings["critic"]
     assert unexplained(lm, network, solution) < 0.1
@@ -97,7 +96,7 @@ def test_beginnings_teach_where_rewards_are_few(lm, solution):
     for seed in range(3):
         few = sample(lm, solution, 300, seed, every=1)
         silent = few.__class__(replace(few.header, settings={}), few.rollouts)
-        told, _ = train(lm, few, batch_tokens=256, lam=0.5, increments=1.0, consistency=0.0)
+        told, _ = train(lm, few, batch_tokens=256, lam=0.5, consistency=0.0)
         alone, _ = train(lm, silent, batch_tokens=256)
         found += torch.tensor([unexplained(lm, network, solution) for network in (told, alone)])
     assert found[0] < 0.85 * found[1]

@@ -154,7 +154,7 @@ def test_consistency_is_on_where_a_critic_is():
     for settings, partial, expected in (
         ({}, True, 50.0),
         ({}, False, 0.0),
-        ({"lam": 1.0, "increments": 0.0}, True, 0.0),
+        ({"lam": 1.0}, True, 0.0),
         ({"consistency": 3.0}, True, 3.0),
         ({"consistency": 3.0}, False, 3.0),
     ):

@@ -175,13 +175,13 @@ def test_rewards_of_beginnings_bring_a_critic(model_folder, runs, tmp_path, caps
     options = ["--reward", "words=length", "--samples", "40", "--max-tokens", "8", "--partial-rewards", "2"]
     assert main([*command, *options, "--device", "cpu"]) == 0
     train = ["train", str(model_folder), "--rollouts", str(tmp_path / "run"), "--device", "cpu", "--kind", "side"]
-    settings = ["--epochs", "1", "--holdout", "0.3", "--increments", "2", "--no-plot"]
+    settings = ["--epochs", "1", "--holdout", "0.3", "--lam", "0.7", "--no-plot"]
     capsys.readouterr()
     assert main([*train, *settings, "--out", str(tmp_path / "value")]) == 0
     assert "KL efficiency" in capsys.readouterr().out
     report = json.loads((tmp_path / "value" / "training.json").read_text())
-    chosen = {name: report["settings"][name] for name in ("critic", "lam", "increments", "consistency")}
-    assert chosen == {"critic": True, "lam": 0.8, "increments": 2.0, "consistency": 50.0}
+    chosen = {name: report["settings"][name] for name in ("critic", "lam", "consistency")}
+    assert chosen == {"critic": True, "lam": 0.7, "consistency": 50.0}
     assert report["heads"]["words"]["advantages"]["responses"] == 24
     # The critic stays behind.
     assert {path.name for path in (tmp_path / "value").iterdir()} == {

@@ -59,7 +59,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         ("lam", "X", "λ of TD(λ); 1 is Monte Carlo (default: 0.8 with partial rewards, else 1)"),
         ("gamma", "X", "discount per token"),
         ("consistency", "X", "weight of the one-step consistency of V (default: 50 with partial rewards, else 0)"),
-        ("increments", "X", "weight of V's steps between partial rewards"),
         ("loss", "two-hot|hl-gauss", "of distributional heads"),
         ("sigma", "X", "of hl-gauss, in steps between atoms"),
         ("ema", "X", "decay of the averaged weights, which are kept; 0: none (default: 0.99 where λ < 1, else 0)"),

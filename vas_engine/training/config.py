@@ -30,7 +30,6 @@ class FitConfig:
         consistency: weight of the one-step consistency of V beside the returns (see
             `vas_engine.training.loss.consistency_loss`), reached as the learning rate falls: large steps and a strong
             bootstrap lead astray. None: 50 with a critic, else 0.
-        increments: weight of V's steps from one partial reward to the next, which are to be those of the critic.
         loss: of distributional heads: "two-hot", or "hl-gauss" with ``sigma`` in steps between atoms (Farebrother
             et al. 2024 found 0.75 to do well).
         ema: decay per step of a moving average of the weights. The average gives the predictions that TD(λ < 1)
@@ -61,7 +60,6 @@ class FitConfig:
     lam: float | None = None
     gamma: float = 1.0
     consistency: float | None = None
-    increments: float = 10.0
     loss: str = "two-hot"
     sigma: float = 0.75
     ema: float | None = None
@@ -89,7 +87,7 @@ class FitConfig:
         for name in ("lam", "gamma", "warmup", "teacher_share"):
             if getattr(self, name) is not None:
                 arguments.real(name, getattr(self, name), 0, 1)
-        for name in ("weight_decay", "consistency", "increments"):
+        for name in ("weight_decay", "consistency"):
             if getattr(self, name) is not None:
                 arguments.real(name, getattr(self, name), 0)
         arguments.choice("loss", self.loss, LOSSES)
@@ -109,15 +107,9 @@ class FitConfig:
         `consistency`."""
         lam = self.lam if self.lam is not None else (CRITIC_LAM if partial else 1.0)
         ema = self.ema if self.ema is not None else (0.99 if lam < 1 else 0.0)
-        found = replace(self, lam=lam, ema=ema)
-        if self.consistency is not None:
-            return found
-        return replace(found, consistency=CRITIC_CONSISTENCY if partial and found.asks_critic else 0.0)
-
-    @property
-    def asks_critic(self) -> bool:
-        """Whether a critic of partial rewards would be asked for anything."""
-        return self.lam != 1.0 or self.increments > 0
+        default = CRITIC_CONSISTENCY if partial and lam < 1 else 0.0
+        consistency = self.consistency if self.consistency is not None else default
+        return replace(self, lam=lam, ema=ema, consistency=consistency)
 
     @property
     def cache_bytes(self) -> int:

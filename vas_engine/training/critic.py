@@ -19,6 +19,8 @@ from vas_engine.values.heads import rms_norm
 __all__ = ["Critic", "CriticLosses", "features_of"]
 
 HIDDEN = 64
+# Responses of one standard deviation that seem to say: the reward so far tells nothing.
+DOUBT = 10.0
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,11 @@ class CriticLosses:
         values: V against the λ-returns that bootstrap from the critic.
         critic: the critic against its own.
         guesses: the reward so far, as V's features tell it.
-        increments: V's steps from part to part against the critic's.
     """
 
     values: Tensor
     critic: Tensor
     guesses: Tensor
-    increments: Tensor
 
 
 class Critic(nn.Module):
@@ -43,10 +43,8 @@ class Critic(nn.Module):
     and its share s of the longest response.
 
     Where r says much about the final reward, W is far better than V early in training, and less noisy than rewards are
-    all along. It is used in training alone (an asymmetric critic: Pinto et al. 2018), in three ways. λ-returns
-    bootstrap from it, at the states whose rewards are known. V's increments from one such state to the next follow
-    W's: a response's level, most of the variance of V, drops out of them, and what its tokens changed is left. And h
-    learns to tell r.
+    all along. It is used in training alone (an asymmetric critic: Pinto et al. 2018), in two ways: λ-returns
+    bootstrap from it, at the states whose rewards are known, and h learns to tell r.
 
     Args:
         network: whose values are trained.
@@ -63,6 +61,8 @@ class Critic(nn.Module):
             rewards that accumulate are far below the final ones until the end. In standard deviations of these or of
             the final rewards, whichever is larger: what hardly varies so early, or in few responses so long, is not
             blown up.
+        earned: likewise, the final reward by the line that fits it best to the reward so far, for each length of a
+            beginning on its own: so W starts from what r tells, be it all or nothing.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Critic(nn.Module):
         ours = parts[list(train)]
         spread = (ours - ours.nanmean(0)).square().nanmean(0).sqrt()
         self.partial = (parts - ours.nanmean(0)) / torch.maximum(spread, self.std.cpu())
+        final = ((whole - whole.mean(0)) / whole.std(0)).float()
+        self.earned = _fitted(self.partial[list(train)], final, self.partial)
         self.longest = float(rollouts.header.settings["max_tokens"])
         width, count = network.heads.width, len(rewards)
         with torch.random.fork_rng(devices=[]):
@@ -88,9 +90,8 @@ class Critic(nn.Module):
         nn.init.zeros_(self.output.bias)
         self.to(device)
 
-    def forward(self, features: Tensor, rewards: Tensor, share: Tensor) -> Tensor:
-        """[..., width], [..., M], [..., 1] -> W [..., M]; it starts from r s, what is earned as far as it counts."""
-        earned = rewards * share
+    def forward(self, features: Tensor, rewards: Tensor, earned: Tensor, share: Tensor) -> Tensor:
+        """[..., width], [..., M], [..., M], [..., 1] -> W [..., M]; it starts from `earned`."""
         seen = torch.cat([features, rewards, share, earned], -1)
         return earned + self.output(F.silu(self.hidden(seen)))
 
@@ -102,13 +103,13 @@ class Critic(nn.Module):
             output: [B, T, O] float32 of all states. features: [B, T, width], what it was made of.
             lam: λ from one partial reward to the next.
         """
-        partial = self.partial[list(batch.indices)].to(output.device)
+        partial, earned = (table[list(batch.indices)].to(output.device) for table in (self.partial, self.earned))
         count = torch.arange(1, partial.shape[1] + 1, device=output.device)
         places = batch.first[:, None] + self.every * count
         known = (places < batch.last[:, None])[..., None]
         # What does not exist is read at the last state and masked.
         places = torch.minimum(places, batch.last[:, None])
-        partial = torch.where(known, partial, partial.new_zeros(()))
+        partial, earned = (torch.where(known, table, table.new_zeros(())) for table in (partial, earned))
         share = (self.every * count / self.longest).clamp(max=1.0).expand(len(places), -1)[..., None]
         there = rms_norm(_at(features, places))
         weights = batch.weights.gather(1, places)[..., None] * known
@@ -116,7 +117,7 @@ class Critic(nn.Module):
         rewards = (batch.rewards - self.mean) / self.std
 
         with torch.no_grad():
-            judged = self(there, partial, share)
+            judged = self(there, partial, earned, share)
             spread = torch.zeros_like(values).scatter_(1, places[..., None].expand_as(judged), judged)
             marks = torch.zeros(values.shape[:2], dtype=torch.bool, device=output.device).scatter_(1, places, True)
             # The last state's reward is known: no bootstrap there.
@@ -125,21 +126,20 @@ class Critic(nn.Module):
             targets = torch.where(marks[..., None], (1 - lam) * spread + lam * after, after)
         # A state that is marked has W itself in its target: what the critic knows is carried over into V.
         plain = batch.mean(0.5 * (values - targets).square())
-        own = 0.5 * (self(there, partial, share) - _at(after, places)).square()
+        own = 0.5 * (self(there, partial, earned, share) - _at(after, places)).square()
         guesses = 0.5 * (self.guess(there) - partial).square()
-        steps = self._steps(_at(values, places), _at(values, batch.last[:, None]), known)
-        wanted = self._steps(judged, rewards[:, None], known)
-        increments = 0.5 * (steps - wanted).square()
         total = weights.sum().clamp_min(1e-9)
-        critic, guessed, moved = ((weights * loss).sum((0, 1)) / total for loss in (own, guesses, increments))
-        return CriticLosses(plain, critic, guessed, moved)
+        critic, guessed = ((weights * loss).sum((0, 1)) / total for loss in (own, guesses))
+        return CriticLosses(plain, critic, guessed)
 
-    @staticmethod
-    def _steps(values: Tensor, last: Tensor, known: Tensor) -> Tensor:
-        """From each known state to the next one, the last of them to the end: [B, K, M], [B, 1, M] -> [B, K, M]."""
-        following = torch.cat([values[:, 1:], last], 1)
-        goes_on = torch.cat([known[:, 1:], torch.zeros_like(known[:, :1])], 1)
-        return torch.where(goes_on, following, last) - values
+
+def _fitted(seen: Tensor, final: Tensor, partial: Tensor) -> Tensor:
+    """Final rewards by the lines that fit best to those [N, M] of seen beginnings [N, K, M], for each of [P, K, M]."""
+    known = ~seen.isnan()
+    count, seen = known.sum(0), seen.nan_to_num()
+    level = (known * final[:, None]).sum(0) / (count + DOUBT)
+    slope = (seen * (final[:, None] - level)).sum(0) / (seen.square().sum(0) + DOUBT)
+    return level + slope * partial
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Trainee:
             teacher.columns(self.heads)
         self.shares = [self._teacher_share(index) for index in range(len(names))]
         self.critic: Critic | None = None
-        if self._learns_returns and partial and self.config.asks_critic:
+        if self._learns_returns and partial and self.lam < 1:
             self.critic = Critic(network, rollouts, train, names, config.seed)
         # Of the returns' errors.
         scales = torch.tensor([head.scale for head in network.config.heads], device=base.device)
@@ -151,7 +151,7 @@ class Trainee:
             )
         else:
             found = self.critic.losses(heads, states, features, batch, self._critic_lam())
-            losses = found.values + found.critic + GUESS_SHARE * found.guesses + config.increments * found.increments
+            losses = found.values + found.critic + GUESS_SHARE * found.guesses
         if strength := self._consistency():
             values = heads.mean(states) / self.unit
             losses = losses + strength * batch.mean(consistency_loss(values, batch.last, config.gamma))
