@@ -32,6 +32,10 @@ Say = Callable[[str], None]
 
 SHOWN_SEED = 7
 COMPOSED = "composition"
+PARTIAL_REWARDS = 8
+"""Tokens between the beginnings that are scored too."""
+CONSISTENCY = 15.0
+"""Of V's steps: less than is best with more of them, for a length is only decided where a text ends."""
 ONE_THREAD = 5_000_000
 """Parameters under which torch gets one thread: a second one gains little on products this small, and on a machine
 with other work each of them would wait for it."""
@@ -157,14 +161,14 @@ def run_showcase(config: ShowcaseConfig, out: Path, say: Say, use_tqdm: bool = T
         torch.set_num_threads(1)
 
     say(f"2/5  Sampling {len(config.prompts) * config.samples:,} texts from it, to learn values from")
-    settings = CollectConfig(config.samples, config.max_tokens, config.seed)
+    settings = CollectConfig(config.samples, config.max_tokens, config.seed, partial_rewards=PARTIAL_REWARDS)
     rollouts = collect(llm, list(config.prompts), rewards, out / "rollouts", settings, use_tqdm=use_tqdm)
     clock.lap(result, "collect")
 
     say(f"3/5  Training one {config.kind} network with two heads: {names[0]} and {names[1]}")
     heads = [head_for(rollouts, name) for name in names]
     network = make_network(llm.lm, config.kind, heads, tokenizer=llm.tokenizer, seed=config.seed)
-    course = FitConfig(epochs=config.epochs, batch_tokens=1024, seed=config.seed)
+    course = FitConfig(epochs=config.epochs, batch_tokens=1024, seed=config.seed, consistency=CONSISTENCY)
     report = fit(llm.lm, network, rollouts, course, use_tqdm=use_tqdm)
     save_value(out / "value", network)
     save_report(out / "value", report)
