@@ -6,6 +6,7 @@ measured and compared with their reference in one way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,33 @@ CHECKED_ROWS = 16
 """Of each chunk of a prompt."""
 
 
+class Case(ABC):
+    """A kernel and its sizes.
+
+    Attributes:
+        reference: what is right.
+        bytes: that must move. flops: that must be done.
+    """
+
+    reference: Callable[..., Any]
+    bytes: Any
+    flops: Any
+
+    @abstractmethod
+    def inputs(self, device: torch.device, seed: int) -> dict[str, Any]:
+        """Keyword arguments of a run."""
+
+    @abstractmethod
+    def results(self, run: Callable[..., Any], given: dict[str, Any]) -> Iterable[Tensor]:
+        """What a run makes of them, to be compared."""
+
+    def prepare(self, run: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+        """As a graph has it, where that is more."""
+        return given
+
+
 @dataclass(frozen=True)
-class HeadCase:
+class HeadCase(Case):
     """Heads, tilt and draw over `rows` candidates of each request; a hidden layer as wide as the features, or none."""
 
     requests: int
@@ -81,12 +107,9 @@ class HeadCase:
         found = run(**{**given, "tilt": given["tilt"].clone()})
         return found.values, found.winners.log_prob, found.winners.tilted_log_prob
 
-    def prepare(self, run: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-        return given
-
 
 @dataclass(frozen=True)
-class InputCase:
+class InputCase(Case):
     """What `rows` candidates of each request start from: a state, an embedding and a place, summed."""
 
     requests: int
@@ -115,12 +138,9 @@ class InputCase:
     def results(self, run: Callable[..., Any], given: dict[str, Any]) -> Iterable[Tensor]:
         return (run(**given),)
 
-    def prepare(self, run: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-        return given
-
 
 @dataclass(frozen=True)
-class CommitCase:
+class CommitCase(Case):
     """Keys and values of the winners, one of `rows` rows a request, of all layers to their pages; by default of 8B."""
 
     requests: int
@@ -171,7 +191,7 @@ class CommitCase:
 
 
 @dataclass(frozen=True)
-class PrefillCase:
+class PrefillCase(Case):
     """Attention of chunks of `rows` tokens that end prompts of `context` tokens; by default of 8B."""
 
     requests: int
@@ -224,12 +244,6 @@ class PrefillCase:
         offsets = torch.arange(self.requests + 1, dtype=torch.int32, device=picked.device) * count
         part = {"q": given["q"][picked], "prefix_lens": given["prefix_lens"][picked], "group_offsets": offsets}
         return (run(**{**given, **part}),)
-
-    def prepare(self, run: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-        return given
-
-
-Case = HeadCase | InputCase | CommitCase | PrefillCase
 
 
 def check(case: Case, run: Callable[..., Any], given: dict[str, Any]) -> None:

@@ -164,14 +164,7 @@ def measure_attention(
     calls, captures = _captured([partial(run, **given, scale=scale) for given in inputs], device, capture)
     seconds = seconds_per_call(calls, device)
     median = statistics.median(seconds)
-    found = {
-        **asdict(case),
-        "bytes": case.bytes,
-        "seconds": spread(seconds),
-        "captured": captures,
-        "bytes_per_second": case.bytes / median,
-        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
-    }
+    found = _figures(case, seconds, captures, ceilings)
     if case.rows > 1:
         single = [[_one_row(given, case, row) for row in range(case.rows)] for given in inputs]
 
@@ -195,6 +188,18 @@ def measure_attention(
         times = statistics.median(seconds) / median
         found["peers"][name] = {"seconds": spread(seconds), "captured": captures, "times_faster": times}
     return found
+
+
+def _figures(case: Any, seconds: Sequence[float], captures: bool, ceilings: Ceilings) -> dict[str, Any]:
+    rate = case.bytes / statistics.median(seconds)
+    return {
+        **asdict(case),
+        "bytes": case.bytes,
+        "seconds": spread(seconds),
+        "captured": captures,
+        "bytes_per_second": rate,
+        "of_copy_bandwidth": rate / ceilings.bandwidth,
+    }
 
 
 def _one_row(given: dict[str, Any], case: AttentionCase, row: int) -> dict[str, Any]:
@@ -246,16 +251,7 @@ def measure_sampler(
     ]
     arrays = SamplingArrays.build(case.requests, seed=np.arange(case.requests), num_candidates=case.candidates)
     calls, captures = _captured(_selections(run, logits, arrays), device, capture)
-    seconds = seconds_per_call(calls, device)
-    median = statistics.median(seconds)
-    return {
-        **asdict(case),
-        "bytes": case.bytes,
-        "seconds": spread(seconds),
-        "captured": captures,
-        "bytes_per_second": case.bytes / median,
-        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
-    }
+    return _figures(case, seconds_per_call(calls, device), captures, ceilings)
 
 
 def _selections(run: Any, logits: Sequence[torch.Tensor], arrays: SamplingArrays) -> list[Call]:
@@ -323,17 +319,8 @@ def measure_case(
     inputs = [case.inputs(device, seed) for seed in range(copies)]
     gpu_cases.check(case, run, inputs[0])
     calls, captures = _captured([partial(run, **case.prepare(run, given)) for given in inputs], device, capture)
-    seconds = seconds_per_call(calls, device)
-    median = statistics.median(seconds)
-    return {
-        **asdict(case),
-        "bytes": case.bytes,
-        "seconds": spread(seconds),
-        "captured": captures,
-        "bytes_per_second": case.bytes / median,
-        "of_copy_bandwidth": case.bytes / median / ceilings.bandwidth,
-        "of_matrix_rate": case.flops / median / ceilings.flops,
-    }
+    found = _figures(case, seconds_per_call(calls, device), captures, ceilings)
+    return found | {"of_matrix_rate": case.flops / found["seconds"]["median"] / ceilings.flops}
 
 
 MEASURES: dict[str, Any] = {
