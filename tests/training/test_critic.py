@@ -51,12 +51,27 @@ def test_what_is_earned_tells_more_than_the_mean_from_the_start(network):
     assert bool((missed < 1.05 - share[0, :, 0] ** 2).all())
 
 
+def test_it_starts_from_what_beginnings_tell_be_it_nothing(network):
+    """Of a reward that is how long a response will be, whatever it has earned so far."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, PARTS + 1, (2000,), generator=generator)
+    parts = torch.randn(2000, PARTS, generator=generator)
+    parts[torch.arange(PARTS) >= lengths[:, None]] = torch.nan
+    critic = Critic(network, made(parts, lengths.float()), range(1000), ["x"])
+    finals = (lengths.float() - critic.mean) / critic.std
+    for place in range(PARTS // 2):
+        known = finals[1000:][~parts[1000:, place].isnan()]
+        missed = critic.earned[1000:, place, 0][~parts[1000:, place].isnan()] - known
+        assert float(missed.square().mean()) < 1.05 * float(known.var())
+
+
 def test_moments_are_those_of_the_rollouts_trained_on(network):
     parts, finals = accumulating(100)
     one = Critic(network, made(parts, finals), range(80), ["x"])
     parts[80:], finals[80:] = 100 * parts[80:], -finals[80:]
     other = Critic(network, made(parts, finals), range(80), ["x"])
     assert torch.equal(one.partial[:80], other.partial[:80])
+    assert torch.equal(one.earned[:80], other.earned[:80])
     assert torch.equal(one.mean, other.mean)
     assert torch.equal(one.std, other.std)
 
@@ -73,6 +88,7 @@ def test_what_is_seldom_is_not_blown_up(network):
     yes[0, 0] = 1.0
     rare = Critic(network, made(yes, yes[:, -1]), range(200), ["x"])
     assert float(rare.partial.abs().max()) < 2.1
+    assert float(rare.earned[:, 0].abs().max()) < 0.5
 
 
 def test_discounted_rewards_are_learnt_from_whole_rewards(lm, solution):
