@@ -30,7 +30,7 @@ from vas_engine.values.config import KINDS
 
 Say = Callable[[str], None]
 
-SHOWN_SEED = 7
+SHOWN_SEED = 3
 COMPOSED = "composition"
 PARTIAL_REWARDS = 8
 """Tokens between the beginnings that are scored too."""
