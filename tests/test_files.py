@@ -65,6 +65,16 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path, folder: bool
         assert list(tmp_path.iterdir()) == [target]
 
 
+def test_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "here")
+        with replacing(Path()) as fresh:
+            write(fresh, "whole", folder=True)
+    assert read(tmp_path / "here") == "whole"
+    assert list(tmp_path.iterdir()) == [tmp_path / "here"]
+
+
 def test_json(tmp_path: Path) -> None:
     write_json(tmp_path / "content.json", {"reward": "größer", "rows": [1, 2.5, None]})
     text = (tmp_path / "content.json").read_text(encoding="utf-8")

@@ -18,6 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     After an error, Ctrl-C included, ``path`` is as it was and nothing lies beside it. What a killed process left is
     written over by the next, so two must not write to one path at a time.
     """
+    path = Path(os.path.abspath(path))  # `.` has no name
     fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     _remove(fresh)
     try:
