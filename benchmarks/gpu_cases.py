@@ -20,6 +20,8 @@ from vas_engine.values import HeadConfig, Heads, ValueConfig
 
 VOCABULARY = 1000
 """Of tables and selections, whose lines are what counts."""
+BLOCK_SIZE = 16
+"""Tokens a page."""
 CHECKED_ROWS = 16
 """Of each chunk of a prompt."""
 
@@ -169,10 +171,10 @@ class CommitCase(Case):
         return {
             "keys": layers(self.requests * self.rows),
             "values": layers(self.requests * self.rows),
-            "key_pages": layers(self.requests, 16),
-            "value_pages": layers(self.requests, 16),
+            "key_pages": layers(self.requests, BLOCK_SIZE),
+            "value_pages": layers(self.requests, BLOCK_SIZE),
             "rows": first * self.rows + seed % self.rows,
-            "slots": first.flip(0) * 16 + seed % 16,
+            "slots": first.flip(0) * BLOCK_SIZE + seed % BLOCK_SIZE,
         }
 
     def results(self, run: Callable[..., Any], given: dict[str, Any]) -> Iterable[Tensor]:
@@ -215,24 +217,9 @@ class PrefillCase(Case):
         return 4 * self.requests * seen * self.heads * self.head_dim
 
     def inputs(self, device: torch.device, seed: int) -> dict[str, Any]:
-        generator = torch.Generator(device).manual_seed(seed)
-        blocks = -(-self.context // 16)
-        pages = (self.requests * blocks, 16, self.kv_heads, self.head_dim)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
-
-        order = torch.randperm(pages[0], generator=torch.Generator().manual_seed(seed))
         lens = torch.arange(self.context - self.rows + 1, self.context + 1, dtype=torch.int32, device=device)
-        return {
-            "q": normal(self.requests * self.rows, self.heads, self.head_dim),
-            "k_pages": normal(*pages),
-            "v_pages": normal(*pages),
-            "block_tables": order.view(self.requests, blocks).to(device, torch.int32),
-            "group_offsets": torch.arange(self.requests + 1, dtype=torch.int32, device=device) * self.rows,
-            "prefix_lens": lens.repeat(self.requests),
-            "scale": self.head_dim**-0.5,
-        }
+        own = {"prefix_lens": lens.repeat(self.requests), "scale": self.head_dim**-0.5}
+        return paged_inputs(self, BLOCK_SIZE, device, seed) | own
 
     def results(self, run: Callable[..., Any], given: dict[str, Any]) -> Iterable[Tensor]:
         """Of the last rows of each chunk: the reference writes down every pair of rows and tokens."""
@@ -244,6 +231,26 @@ class PrefillCase(Case):
         offsets = torch.arange(self.requests + 1, dtype=torch.int32, device=picked.device) * count
         part = {"q": given["q"][picked], "prefix_lens": given["prefix_lens"][picked], "group_offsets": offsets}
         return (run(**{**given, **part}),)
+
+
+def paged_inputs(case: Any, block_size: int, device: torch.device, seed: int) -> dict[str, Any]:
+    """Random queries and pages; blocks lie scattered, as they do after a while of serving."""
+    generator = torch.Generator(device).manual_seed(seed)
+    blocks = -(-case.context // block_size)
+    pages = (case.requests * blocks, block_size, case.kv_heads, case.head_dim)
+    rows = case.requests * case.rows
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    order = torch.randperm(pages[0], generator=torch.Generator().manual_seed(seed))
+    return {
+        "q": normal(rows, case.heads, case.head_dim),
+        "k_pages": normal(*pages),
+        "v_pages": normal(*pages),
+        "block_tables": order.view(case.requests, blocks).to(device, torch.int32),
+        "group_offsets": torch.arange(0, rows + 1, case.rows, dtype=torch.int32, device=device),
+    }
 
 
 def check(case: Case, run: Callable[..., Any], given: dict[str, Any]) -> None:

@@ -129,24 +129,9 @@ def load(name: str, backend: str) -> Any:
 
 
 def attention_inputs(case: AttentionCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
-    """Random queries and pages; blocks lie scattered, as they do after a while of serving."""
-    generator = torch.Generator(device).manual_seed(seed)
-    blocks = -(-case.context // case.block_size)
-    pages = (case.requests * blocks, case.block_size, case.kv_heads, case.head_dim)
-    rows = case.requests * case.rows
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
-
-    order = torch.randperm(pages[0], generator=torch.Generator().manual_seed(seed))
-    return {
-        "q": normal(rows, case.heads, case.head_dim),
-        "k_pages": normal(*pages),
-        "v_pages": normal(*pages),
-        "block_tables": order.view(case.requests, blocks).to(device, torch.int32),
-        "group_offsets": torch.arange(0, rows + 1, case.rows, dtype=torch.int32, device=device),
-        "prefix_lens": torch.full((rows,), case.context, dtype=torch.int32, device=device),
-    }
+    """Rows that all see the whole prefix."""
+    lens = torch.full((case.requests * case.rows,), case.context, dtype=torch.int32, device=device)
+    return gpu_cases.paged_inputs(case, case.block_size, device, seed) | {"prefix_lens": lens}
 
 
 def measure_attention(
@@ -157,8 +142,7 @@ def measure_attention(
     Raises:
         ValueError: the result is not the reference's.
     """
-    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
-    inputs = [attention_inputs(case, device, seed) for seed in range(copies)]
+    inputs = [attention_inputs(case, device, seed) for seed in range(_copies(case, device))]
     scale = case.head_dim**-0.5
     check(run(**inputs[0], scale=scale), inputs[0], case, scale)
     calls, captures = _captured([partial(run, **given, scale=scale) for given in inputs], device, capture)
@@ -188,6 +172,10 @@ def measure_attention(
         times = statistics.median(seconds) / median
         found["peers"][name] = {"seconds": spread(seconds), "captured": captures, "times_faster": times}
     return found
+
+
+def _copies(case: Any, device: torch.device) -> int:
+    return max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
 
 
 def _figures(case: Any, seconds: Sequence[float], captures: bool, ceilings: Ceilings) -> dict[str, Any]:
@@ -243,11 +231,10 @@ def measure_sampler(
     case: SamplerCase, run: Any, device: torch.device, ceilings: Ceilings, capture: bool = True
 ) -> dict[str, Any]:
     """Seconds of one selection, as a CUDA graph or not."""
-    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
     generator = torch.Generator(device).manual_seed(0)
     logits = [
         (torch.randn(case.requests, case.vocabulary, generator=generator, device=device) * 2.5).bfloat16()
-        for _ in range(copies)
+        for _ in range(_copies(case, device))
     ]
     arrays = SamplingArrays.build(case.requests, seed=np.arange(case.requests), num_candidates=case.candidates)
     calls, captures = _captured(_selections(run, logits, arrays), device, capture)
@@ -315,8 +302,7 @@ def measure_case(
     Raises:
         ValueError: the result is not the reference's.
     """
-    copies = max(1, min(8, -(-CACHE_BYTES // case.bytes))) if device.type == "cuda" else 1
-    inputs = [case.inputs(device, seed) for seed in range(copies)]
+    inputs = [case.inputs(device, seed) for seed in range(_copies(case, device))]
     gpu_cases.check(case, run, inputs[0])
     calls, captures = _captured([partial(run, **case.prepare(run, given)) for given in inputs], device, capture)
     found = _figures(case, seconds_per_call(calls, device), captures, ceilings)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tests.engine.conftest import distributional, network
+from tests.engine.test_output import Strict
 from tests.serving.conftest import TEMPLATE, Served, make_llm, serving
 from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
@@ -320,13 +321,6 @@ def test_information(served: Served) -> None:
     assert len(tokens["token_strs"]) == tokens["count"] == 6
     assert served.post("/detokenize", {"tokens": tokens["tokens"]}).json() == {"prompt": "héllo"}
     assert served.post("/detokenize", {"tokens": [99999]}).status_code == 400
-
-
-class Strict:
-    """A tokenizer that raises on ids that are not its own."""
-
-    def decode(self, ids, clean_up_tokenization_spaces):
-        return bytes(ids).decode()
 
 
 def test_ids_beyond_the_tokenizer_are_replacement_marks() -> None:

@@ -70,9 +70,8 @@ class Device:
                 raise InvalidArgumentError(name, rate, "use a positive rate per second")
         for name in ("launch", "step"):
             arguments.real(name, getattr(self, name), 0.0)
-        for name in ("memory", "launch", "step"):
-            if getattr(self, name) < 0:
-                raise InvalidArgumentError(name, getattr(self, name), "use a number that is not negative")
+        if self.memory < 0:
+            raise InvalidArgumentError("memory", self.memory, "use a number that is not negative")
 
     def rate(self, dtype: str) -> float:
         """FLOP/s of matrix products in this dtype."""

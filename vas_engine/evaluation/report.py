@@ -248,9 +248,8 @@ def save(out: str | Path, evaluation: Evaluation, contest: Contest) -> Path:
         InvalidArgumentError: the folder holds something.
     """
     path = check_out(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as folder:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         write_json(folder / "evaluation.json", evaluation.to_dict())
         _save_points(folder / "points.parquet", evaluation)
         _save_responses(folder / "responses.parquet", contest)

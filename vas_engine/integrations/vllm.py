@@ -207,16 +207,14 @@ class ValueLogitsProcessor(ProcessorV1, ProcessorV2):
 
     def _new_request(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
         request = self._admit(params, PENALTIES)
-        if request is not None and not prompt_ids:
+        if request is None:
+            return None
+        if not prompt_ids:
             # Without this the error of the value model, which has nothing to read, would be that of all requests.
             fix = "values read token ids, not embeddings; give the prompt as text or ids, or leave the weights out"
             request.error = request.error or InvalidArgumentError("prompt", None, fix)
-        if request is not None:
-            request.tokens, request.prompt_len, request.output = (
-                list(prompt_ids or ()),
-                len(prompt_ids or ()),
-                output_ids,
-            )
+        request.tokens, request.output = list(prompt_ids or ()), output_ids
+        request.prompt_len = len(request.tokens)
         return request
 
     # -- Model Runner V2 -------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, nearest
+from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, VASError, nearest
 from vas_engine.model.attention import IMPLEMENTATION
 from vas_engine.model.ranks import check_launch, sharding
 
@@ -27,7 +26,6 @@ DTYPES = {
     "fp16": torch.float16,
 }
 DUMMY_SEED = 0
-WRONG_SHAPES = "weights have other shapes than its config.json says (the log names them); download or save both again"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -140,40 +138,38 @@ def _read(
     revision: str | None,
     tensor_parallel_size: int,
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
-    options |= sharding(config, tensor_parallel_size)
+    options = {"dtype": dtype, "revision": revision, **sharding(config, tensor_parallel_size)}
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=dtype, attn_implementation=IMPLEMENTATION, output_loading_info=True, **options
+        loaded = read_whole(
+            AutoModelForCausalLM, model, UnsupportedModelError, attn_implementation=IMPLEMENTATION, **options
         )
     except (OSError, SafetensorError) as error:
         raise InvalidArgumentError("model", str(model), f"no readable safetensors weights ({error})") from error
     except (ValueError, ImportError) as error:  # quantised ones ask for packages
         raise UnsupportedModelError(f"{model}: {error}") from error
-    except RuntimeError as error:
-        if not is_of_shapes(error):
-            raise
-        raise UnsupportedModelError(f"{model}: {WRONG_SHAPES}") from error
-    loaded, report = found
-    check_whole(model, report)
     return loaded if tensor_parallel_size > 1 else _move(loaded, place)
 
 
-def is_of_shapes(error: RuntimeError) -> bool:
-    """Whether it is transformers' for weights of other shapes than the config's, which it logs one by one."""
-    return "ignore_mismatched_sizes" in str(error)
+def read_whole(auto: Any, model: str | Path, wrong: type[VASError], **options: Any) -> Any:
+    """`auto.from_pretrained` of a checkpoint with all weights, in safetensors and without code of its own.
 
-
-def check_whole(model: str | Path, report: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint without all weights: transformers makes up at random what is missing and only logs it.
+    transformers makes up at random what is missing, and only logs it and what has another shape.
 
     Raises:
-        UnsupportedModelError: naming them.
+        wrong: weights are missing or of other shapes; all else is transformers' own.
     """
-    if missing := sorted(report["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{model}: weights are missing: {', '.join(missing[:5])}; download or save the whole causal LM"
+    try:
+        loaded, report = auto.from_pretrained(
+            str(model), use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        fix = "weights have other shapes than its config.json says (the log names them); download or save both again"
+        raise wrong(f"{model}: {fix}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise wrong(f"{model}: weights are missing: {', '.join(missing[:5])}; download or save the whole model")
+    return loaded
 
 
 def _random(config: PretrainedConfig, place: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -184,12 +184,13 @@ class RolloutWriter:
             states: hidden states per rollout, each ``[positions, width]``, kept in their dtype.
         """
         import pyarrow.parquet as parquet
+        from safetensors.torch import save_file
 
         path = self.folder / _shard_name(shard)
         table = _to_table(rollouts, self.header)
         if states is not None:
             with replacing(path.with_suffix(".safetensors")) as fresh:
-                _save_states(states, fresh)
+                save_file(_joined(states), fresh)
         with replacing(path) as fresh:
             parquet.write_table(table, fresh, compression="zstd")
         self.shards[path.name] = len(rollouts)
@@ -337,12 +338,6 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
                 found_there = f"its rollouts have {part} {key}={before!r}, not {now!r}"
                 fix = f"{found_there}; choose a new folder or the old setting"
                 raise InvalidArgumentError("out", str(folder), fix)
-
-
-def _save_states(states: Sequence[torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(_joined(states), path)
 
 
 def _joined(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

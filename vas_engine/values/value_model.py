@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, ValueArtifactError, VASError
 from vas_engine.model.lm import CausalLM
-from vas_engine.model.loader import WRONG_SHAPES, is_of_shapes
+from vas_engine.model.loader import read_whole
 from vas_engine.model.ranks import sharding
 from vas_engine.values.base import base_fingerprint, check_base
 from vas_engine.values.config import HeadConfig, ValueConfig
@@ -37,28 +37,15 @@ def load_backbone(folder: str | Path, lm: CausalLM) -> CausalLM:
         UnsupportedModelError: attention that is not honoured.
     """
     verbosity = logging.get_verbosity()
-    # The heads that came with the checkpoint are reported as unexpected; what is missing is checked below.
+    # The heads that came with the checkpoint are reported as unexpected; what is missing is an error.
     logging.set_verbosity_error()
     try:
-        model, report = AutoModel.from_pretrained(
-            str(folder),
-            dtype=lm.dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_shares(folder, lm.tensor_parallel_size),
-        )
+        shares = _shares(folder, lm.tensor_parallel_size)
+        model = read_whole(AutoModel, folder, ValueArtifactError, dtype=lm.dtype, **shares)
     except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ValueArtifactError(f"{folder}: no readable Hugging Face model in safetensors ({error})") from error
-    except RuntimeError as error:
-        if not is_of_shapes(error):
-            raise
-        raise ValueArtifactError(f"{folder}: {WRONG_SHAPES}") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueArtifactError(f"{folder}: weights are missing: {missing[:5]}; download or save the whole model")
     return CausalLM.load(model, device=lm.device, dtype=lm.dtype, attention_backend=lm.attention_backend)
 
 
