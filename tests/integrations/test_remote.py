@@ -13,6 +13,7 @@ import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -338,7 +339,8 @@ class Faulty(ThreadingHTTPServer):
 
     Attributes:
         faults: what to do with the next requests. poison: the same for every request with a prompt. received: bodies
-            so far. lives: requests until it dies; None: never. listing: of its models; None: the real server's.
+            so far. lives: requests until it dies; None: never. listing: of its models; None: the real server's. most:
+            alternatives that it tells; None: as many as are asked for.
     """
 
     daemon_threads = True
@@ -352,6 +354,7 @@ class Faulty(ThreadingHTTPServer):
         self.received: list[dict] = []
         self.lives: int | None = None
         self.listing: dict | None = None
+        self.most: int | None = None
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -393,9 +396,10 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, tuple):
             self._answer(*fault)
             return
-        answer = self.server.client.post(
-            self.server.target + "/completions", content=body, headers={"Content-Type": "application/json"}
-        )
+        asked = json.loads(body)
+        if self.server.most is not None:
+            asked["logprobs"] = min(asked["logprobs"], self.server.most)
+        answer = self.server.client.post(self.server.target + "/completions", json=asked)
         self._answer(answer.status_code, answer.content, {}, cut=fault == "cut")
 
     def _answer(self, status: int, content: bytes, headers: dict, cut: bool = False) -> None:
@@ -460,7 +464,7 @@ def test_a_retry_after_is_waited_for(world, faulty, monkeypatch) -> None:
         await sleep(0)
 
     monkeypatch.setattr("vas_engine.integrations.remote.endpoint.sleep", noted)
-    faulty.faults = [(429, b"", {"Retry-After": "7"}), (500, b"", {}), (500, b"", {})]
+    faulty.faults = [(429, b"", {"Retry-After": "7"}), (500, b"", {}), (429, b"", {"Retry-After": "nan"})]
     llm = remote(world, faulty.url, backoff=4.0)
     llm.generate(TEXT, PARAMS, use_tqdm=False)
     assert waits[0] == 7
@@ -605,9 +609,29 @@ def test_a_journal_of_something_else_is_refused(world, upstream, tmp_path) -> No
     remote(world, upstream, state_file=state, seed=3).generate(TEXT, PARAMS, use_tqdm=False)
     with pytest.raises(InvalidArgumentError, match="seed=3, not 4"):
         remote(world, upstream, state_file=state, seed=4).generate(TEXT, PARAMS, use_tqdm=False)
+    with pytest.raises(InvalidArgumentError, match="begun with extra_body"):
+        remote(world, upstream, state_file=state, seed=3, extra_body={"top_k": 0}).generate(TEXT, PARAMS)
     state.write_text("a story\n")
     with pytest.raises(InvalidArgumentError, match="is no journal"):
         remote(world, upstream, state_file=state).generate(TEXT, PARAMS, use_tqdm=False)
+
+
+def test_an_endpoint_that_tells_fewer_alternatives_than_asked_for_is_told_of_once(world, faulty) -> None:
+    params = PARAMS.replace(seed=None, max_tokens=2)
+    faulty.most = 2
+    with pytest.warns(UserWarning, match="told 2 alternatives where 3 were asked for") as told:
+        remote(world, faulty.url, seed=1).generate(PROMPTS, params, use_tqdm=False)
+    assert len(told) == 1
+    faulty.most = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remote(world, faulty.url, seed=1).generate(PROMPTS, params, use_tqdm=False)
+        # Fewer, but all that can come.
+        top = {"a": math.log(0.75), "b": math.log(0.25)}
+        logprobs = {"tokens": ["a"], "token_logprobs": [top["a"]], "top_logprobs": [top]}
+        choice = {"text": "a", "finish_reason": "length", "logprobs": logprobs}
+        faulty.faults = [(200, json.dumps({"choices": [choice]}).encode(), {})]
+        remote(world, faulty.url, seed=1).generate(TEXT, params.replace(max_tokens=1), use_tqdm=False)
 
 
 def test_ceilings_end_the_run_with_what_there_is(world, faulty) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import math
@@ -311,10 +312,9 @@ def _retry_after(response: Any) -> float | None:
     header = response.headers.get("Retry-After")
     if header is None:
         return None
-    try:
-        return max(float(header), 0.0)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        seconds = float(header)
+        return None if math.isnan(seconds) else max(seconds, 0.0)
     try:
         return max(email.utils.parsedate_to_datetime(header).timestamp() - time(), 0.0)
     except ValueError:

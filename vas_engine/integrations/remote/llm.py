@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+import warnings
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,8 @@ _DECISION = 2**31 - 1  # stands for a token id in the noise of the decision betw
 MAX_TAIL_DRAWS = 200
 MAX_END_DRAWS = 50
 BANNED = -100.0
+ALL_TOLD = 1e-3
+"""Probability that alternatives may lack and still be all there are."""
 MAX_TOGETHER = 64
 """Most sequences that one pass of the values takes."""
 
@@ -177,7 +180,7 @@ class RemoteLLM:
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Session]:
         """A pool of connections in the running event loop; its `stream` completes one prompt."""
-        settings = {"model": self.model, "seed": self._seed, "values": self.values.digests}
+        settings = {"model": self.model, "seed": self._seed, "values": self.values.digests, "extra_body": self._extra}
         journal = Journal(self._state_file, settings)
         try:
             async with Endpoint(
@@ -235,6 +238,7 @@ class Session:
         self._asked: list[tuple[Ask, asyncio.Future[tuple[np.ndarray, np.ndarray]]]] = []
         self._passes: asyncio.Task[None] | None = None
         self._keys: dict[str, int] = {}
+        self._warned = False
 
     def meet(self) -> asyncio.Task[None]:
         """Has the endpoint tell what it is: once, and anew if that failed."""
@@ -343,6 +347,17 @@ class Session:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         self._scoring.shutdown(cancel_futures=True)
+
+    def check_count(self, found: NextToken, count: int) -> None:
+        """Warns, once, of an endpoint that tells fewer alternatives than it was asked for, though there are more."""
+        told = sum(math.exp(token.logprob) for token in found.top)
+        if not self._warned and len(found.top) < count and told < 1 - ALL_TOLD:
+            self._warned = True
+            warnings.warn(
+                f"{self.endpoint.base_url} told {len(found.top)} alternatives where {count} were asked for: no other "
+                "token can be a candidate; where it never tells more, num_candidates and logprobs can be no higher",
+                stacklevel=2,
+            )
 
     def unique(self, plan: Any) -> str:
         """The key of a sequence: what it is to be, and how many of the kind there were before in this run."""
@@ -460,6 +475,7 @@ class _Text:
                     f"the endpoint writes the token {found.text!r} as {written!r}, so its alternatives cannot be put "
                     "behind the text; give the endpoint's tokenizer, or another server"
                 )
+            self.session.check_count(found, count)
             return found
         llm = self.session.llm
         if found.drawn.id is not None:
