@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from vas_engine import _sampling
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.sampling import SamplingArrays, backend, select
+from vas_engine.sampling import SamplingArrays, Selection, backend, select
 
 
 @pytest.fixture
@@ -21,6 +21,18 @@ def threads():
 def test_extension_equals_reference(seed):
     batch = random_batch(seed)
     assert_same(select(*batch, backend="cpp"), select(*batch, backend="reference"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds)
+def test_taken_apart_and_put_together_again(seed):
+    whole = select(*random_batch(seed))
+    lines = [whole.pick(slice(i, i + 1), int(count)) for i, count in enumerate(whole.count)]
+    width = whole.token_ids.shape[1]
+    assert_same(Selection.stack(lines).widen(width), whole, tolerance=0)
+    assert Selection.stack(lines).token_ids.shape[1] == max(line.token_ids.shape[1] for line in lines)
+    order = np.arange(len(lines))[::-1]
+    assert_same(Selection.stack([lines[i] for i in order]).widen(width), whole.pick(order), tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])

@@ -519,7 +519,7 @@ class Engine:
             sequence.carry = {j: states[at[i]] for j, states in hidden.items()} if sequence.reads_before else None
         now = np.flatnonzero(~wait & fine)
         if len(now):
-            part = selection if len(now) == len(ready) else _pick(selection, now)
+            part = selection if len(now) == len(ready) else selection.pick(now)
             deciding = [ready[i] for i in now]
             before: Hidden = {}
             if any(s.reads_before for s in deciding):
@@ -550,7 +550,7 @@ class Engine:
             j: torch.stack([(s.carry or {}).get(j, hidden[j].new_zeros(hidden[j].shape[1])) for s in sequences])
             for j in self.guide.states
         }
-        selection = _stack([s.selection for s in sequences])
+        selection = Selection.stack([s.selection for s in sequences])
         firsts = np.array([rows.offsets[g] for g in groups], np.int64)
         columns = self._decide(sequences, selection, before, after, events)
         alive = np.flatnonzero(columns >= 0)
@@ -586,7 +586,7 @@ class Engine:
         self._note_prompts(sequences)
         if guided.any():
             users = [s for s in sequences if s.networks]
-            part = _pick(selection, np.flatnonzero(guided)) if not guided.all() else selection
+            part = selection.pick(np.flatnonzero(guided)) if not guided.all() else selection
             needed[guided] = wanted = self._needed(users, part, after is not None)
             self.stats.pruned_rows += int(part.count.sum() - wanted.sum())
             if after is None:
@@ -632,7 +632,7 @@ class Engine:
         least = floors(users, needed.shape[1])
         kept = needed.copy()
         if hurried.any():
-            kept[hurried] = spend(_pick(selection, np.flatnonzero(hurried)), needed[hurried], least[hurried], 0)
+            kept[hurried] = spend(selection.pick(np.flatnonzero(hurried)), needed[hurried], least[hurried], 0)
         if self.pace is not None:
             room = self.pace.candidates(time.monotonic() - self._token_started)
             if kept.sum() > room:
@@ -826,39 +826,5 @@ def _take(sequence: Sequence) -> torch.Tensor | None:
 def _await(sequence: Sequence, selection: Selection, i: int) -> None:
     """Line `i` of a selection are the candidates that the sequence's next step is to look at."""
     count = int(selection.count[i])
-    sequence.selection = _pick(selection, slice(i, i + 1), count)
+    sequence.selection = selection.pick(slice(i, i + 1), count)
     sequence.pending = sequence.selection.token_ids[0]
-
-
-def _pick(selection: Selection, index: np.ndarray | slice, width: int | None = None) -> Selection:
-    return Selection(
-        token_ids=selection.token_ids[index, :width],
-        log_probs=selection.log_probs[index, :width],
-        noise=selection.noise[index, :width],
-        count=selection.count[index],
-        tail=selection.tail[index],
-        tail_log_mass=selection.tail_log_mass[index],
-        finite=selection.finite[index],
-    )
-
-
-def _stack(parts: list[Selection]) -> Selection:
-    """Selections of single sequences as one, padded to the widest."""
-    width = max(p.token_ids.shape[1] for p in parts)
-
-    def pad(name: str, value: float) -> np.ndarray:
-        arrays = [getattr(p, name) for p in parts]
-        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=value) for a in arrays])
-
-    def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(p, name) for p in parts])
-
-    return Selection(
-        token_ids=pad("token_ids", -1),
-        log_probs=pad("log_probs", -np.inf),
-        noise=pad("noise", 0.0),
-        count=join("count"),
-        tail=join("tail"),
-        tail_log_mass=join("tail_log_mass"),
-        finite=join("finite"),
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +50,30 @@ class Selection:
     def filled(self) -> np.ndarray:
         """bool [S, W]: columns in use."""
         return np.arange(self.token_ids.shape[1]) < self.count[:, None]
+
+    def pick(self, index: np.ndarray | slice, width: int | None = None) -> Selection:
+        """The lines of some sequences (int64 or bool [n], or a slice), of the first `width` columns; None: of all."""
+        return Selection(*(each[index, :width] if each.ndim == 2 else each[index] for each in vars(self).values()))
+
+    def widen(self, width: int) -> Selection:
+        """The same in at least `width` columns; those that are new are not in use."""
+        there = self.token_ids.shape[1]
+        if there >= width:
+            return self
+        new = ((0, 0), (0, width - there))
+        return replace(
+            self,
+            token_ids=np.pad(self.token_ids, new, constant_values=-1),
+            log_probs=np.pad(self.log_probs, new, constant_values=-np.inf),
+            noise=np.pad(self.noise, new),
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence[Selection]) -> Selection:
+        """Selections of different sequences, at least one, as one that is as wide as the widest."""
+        width = max(part.token_ids.shape[1] for part in parts)
+        lines = zip(*(vars(part.widen(width)).values() for part in parts), strict=True)
+        return cls(*map(np.concatenate, lines))
 
 
 def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backend: str = "auto") -> Selection:
@@ -119,15 +144,8 @@ def select_on_device(
         top_p=top_p.view(np.float64),
         min_p=min_p.view(np.float64),
     )
-    found = select(logits, np.ascontiguousarray(rows), arrays, backend)
-    missing = ((0, 0), (0, width - found.token_ids.shape[1]))
-    fields = (
-        np.pad(found.token_ids, missing, constant_values=-1),
-        np.pad(found.log_probs, missing, constant_values=-np.inf),
-        np.pad(found.noise, missing),
-        *(found.count, found.tail, found.tail_log_mass, found.finite),
-    )
-    return reference.SelectionTensors(*(torch.from_numpy(field).to(logits.device) for field in fields))
+    found = select(logits, np.ascontiguousarray(rows), arrays, backend).widen(width)
+    return reference.SelectionTensors(*(torch.from_numpy(field).to(logits.device) for field in vars(found).values()))
 
 
 def _select_triton(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays) -> Selection | None:
