@@ -75,7 +75,7 @@ def _history(sequence: Sequence) -> dict[int, int]:
 
 
 def _bias(sequence: Sequence) -> dict[int, float] | None:
-    if len(sequence.token_ids) - sequence.prompt_len < sequence.params.min_tokens:
+    if sequence.num_generated < sequence.params.min_tokens:
         return {**sequence.bias, **dict.fromkeys(sequence.end_ids, -np.inf)}
     return sequence.bias or None
 

@@ -111,8 +111,7 @@ class DecodeGraphs:
                 return "prompts"
             if sequence.unfit is not None:
                 return sequence.unfit
-            generated = len(sequence.token_ids) - sequence.prompt_len
-            if generated < sequence.params.min_tokens:
+            if sequence.num_generated < sequence.params.min_tokens:
                 return "min_tokens"
             if sequence.params.n > 1 and not sequence.index and not sequence.forked:
                 return "samples to fork"

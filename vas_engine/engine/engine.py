@@ -262,7 +262,7 @@ class Engine:
                 if not sequence.params.return_hidden_states:
                     self._remove(sequence)
                 elif sequence.num_hidden >= len(sequence.token_ids):
-                    self._ended += self._end(sequence, finish_reason="stop", hidden=_take(sequence))
+                    self._ended += self._end(sequence, finish_reason="stop", hidden=sequence.take_hidden())
                 else:
                     sequence.draining, sequence.pending = sequence.draining or "stop", None
                 return
@@ -391,7 +391,7 @@ class Engine:
             sequence = work.sequence
             if sequence.params.return_hidden_states and not work.is_candidates:
                 end = int(rows.offsets[g + 1])
-                _keep_hidden(sequence, forward.last_hidden[end - work.count : end], work.start)
+                sequence.keep_hidden(forward.last_hidden[end - work.count : end], work.start)
             if completes[g]:
                 ready.append(sequence)
                 at.append(int(rows.offsets[g + 1]) - 1)
@@ -403,7 +403,7 @@ class Engine:
         for i in reversed(drained):
             sequence = ready.pop(i)
             del at[i]
-            events += self._end(sequence, finish_reason=sequence.draining, hidden=_take(sequence))
+            events += self._end(sequence, finish_reason=sequence.draining, hidden=sequence.take_hidden())
         if ready:
             places = np.array(at, np.int64)
             (located,) = to_device([places], self.lm.device)
@@ -563,7 +563,7 @@ class Engine:
             sequence.pending = sequence.selection = None
             self.scheduler.computed(works[groups[i]])
             if sequence.params.return_hidden_states:
-                _keep_hidden(sequence, last_hidden[row : row + 1], len(sequence.token_ids) - 1)
+                sequence.keep_hidden(last_hidden[row : row + 1], len(sequence.token_ids) - 1)
             ready.append(sequence)
             at.append(int(row))
 
@@ -644,7 +644,7 @@ class Engine:
         most = sequence.params.max_tokens
         if sequence.deadline is None or most is None:
             return False
-        left = most - (len(sequence.token_ids) - sequence.prompt_len)
+        left = most - sequence.num_generated
         return left * self._step_seconds > sequence.deadline - self._step_started
 
     def _advance(self, sequences: list[Sequence], move: np.ndarray, decision: Decision) -> None:
@@ -693,7 +693,7 @@ class Engine:
                 sequence.draining, event.finish_reason = event.finish_reason, None
                 sequence.pending = None
             else:
-                event.hidden = _take(sequence)
+                event.hidden = sequence.take_hidden()
         events.append(event)
         if event.finish_reason is not None:
             self._remove(sequence)
@@ -808,19 +808,6 @@ def _fill_start(work: Work, rows: Rows, group: int) -> int:
     if work.is_candidates or not sequence.networks or sequence.filled >= work.start + work.count:
         return -1
     return int(rows.offsets[group + 1]) - work.count
-
-
-def _keep_hidden(sequence: Sequence, states: torch.Tensor, start: int) -> None:
-    """Note the states of positions from ``start`` on; those noted before a preemption are not noted again."""
-    new = start + len(states) - sequence.num_hidden
-    if new > 0:
-        sequence.hidden.append(states[-new:].clone())
-        sequence.num_hidden += new
-
-
-def _take(sequence: Sequence) -> torch.Tensor | None:
-    parts, sequence.hidden = sequence.hidden, []
-    return torch.cat(parts) if parts else None
 
 
 def _await(sequence: Sequence, selection: Selection, i: int) -> None:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 
 
 class SequenceStatus(Enum):
@@ -32,6 +33,8 @@ class Sequence:
         prompt_len: number of leading `token_ids` that came with the request.
         token_ids: prompt, then generated tokens.
         index: number of the sample within its request.
+        params: the request's SamplingParams; what steps need of them is resolved below.
+        seed: key of its noise.
         priority: smaller runs first.
         arrival: earlier runs first within one priority.
         rows_per_token: rows that deciding one token costs: 1 plain, candidates + 1 guided.
@@ -42,6 +45,7 @@ class Sequence:
         salt: whatever changes the K/V of the same tokens; sequences of different salts share no block.
         deadline: time (of `time.monotonic`) at which it ends with what it has; None is never.
         use_prefix_cache: False: the prompt is computed anew (its blocks may still serve others).
+        status, order: where the scheduler keeps it, and its rank there: priority, arrival, turn.
         block_table: blocks of the cache; position p lives in block_table[p // block_size].
         num_computed: leading tokens whose K/V are in the pages.
         digests: chained hashes of the leading full blocks of `token_ids`, as far as they were needed.
@@ -51,17 +55,24 @@ class Sequence:
         weights, limits: float [values] of the engine's values: w_m, and the bound on its share of the tilt.
         networks: indices of the value networks it uses; empty for plain decoding.
         reports: columns of the values whose V it reports.
+        optimal: its tilt is the optimal one.
         lookahead: a network wants the base's state after each candidate, so candidates wait for a forward.
         reads_before: a network wants the state before the candidate.
         own_cache: a network keeps K/V of its own.
         all_needed: every candidate must be scored (no pruning).
         unfit: why its steps cannot be graphs from end to end; None if they can.
-        limited: it has a top_k, top_p or min_p.
+        num_candidates: that it asks for; 0 for plain decoding.
+        knobs: numbers for the sampler (`controls.Knobs`).
+        limited, penalised: it has a top_k, top_p or min_p; it has penalties.
+        bias: token -> what is added to its logit.
         end_ids: tokens that end it.
+        token_counts, counted: token -> times generated (0: only in the prompt), of its first `counted` tokens.
         filled: leading positions that the networks have processed.
         carry: hidden states of the last computed position, where the next rows need them.
         state_values, utilities: V(s) and U(s) of the present state, float [values]; empty while not known.
         selection: the selection its pending candidates came from.
+        alternatives: most probable tokens of the present position and their log-probabilities, int64 and float64 [n],
+            where it reports them.
         prompt_values: V of the prompt, float [values]; empty while not known.
         forked: its siblings have been started.
         hidden, num_hidden: final states not reported yet, and positions noted so far (on request).
@@ -90,7 +101,7 @@ class Sequence:
     num_registered: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
-    order: tuple[float, float, int] = (0, 0, 0)  # set by the scheduler: priority, arrival, turn
+    order: tuple[float, float, int] = (0, 0, 0)
 
     # What the engine resolved when the request came in (see Guide.admit and Engine._sequence).
     weights: np.ndarray = field(default_factory=_no_values, repr=False)
@@ -122,7 +133,7 @@ class Sequence:
     alternatives: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     forked: bool = False
     draining: str | None = None
-    hidden: list[Any] = field(default_factory=list, repr=False)
+    hidden: list[torch.Tensor] = field(default_factory=list, repr=False)
     num_hidden: int = 0
 
     def forget(self) -> None:
@@ -130,6 +141,18 @@ class Sequence:
         self.filled = 0
         self.state_values, self.utilities = _no_values(), _no_values()
         self.carry = self.selection = self.alternatives = None
+
+    def keep_hidden(self, states: torch.Tensor, start: int) -> None:
+        """Notes final states [n, H] of the positions from `start` on; those noted before a preemption are not again."""
+        new = start + len(states) - self.num_hidden
+        if new > 0:
+            self.hidden.append(states[-new:].clone())
+            self.num_hidden += new
+
+    def take_hidden(self) -> torch.Tensor | None:
+        """The states noted since they were last taken, [n, H]; None if there are none."""
+        parts, self.hidden = self.hidden, []
+        return torch.cat(parts) if parts else None
 
     @property
     def is_running(self) -> bool:
@@ -140,6 +163,6 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     @property
-    def generated(self) -> list[int]:
-        """The tokens after the prompt (a copy)."""
-        return self.token_ids[self.prompt_len :]
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.token_ids) - self.prompt_len
