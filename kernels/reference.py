@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import pairwise
 from typing import Any
 
@@ -32,9 +33,23 @@ _MASK32 = 0xFFFFFFFF
 TOP_P_SLACK = 1e-12
 MAX_CANDIDATES = 64
 """What the kernel that selects has room for."""
-SETTINGS = 9
-"""Lines of packed settings: row of the logits, temperature (its bits), seed (its bits), position, candidates, whether
-to keep the tail, top_k, top_p and min_p (their bits)."""
+
+
+class Setting(IntEnum):
+    """Lines of packed settings, int64 [SETTINGS, S]; the seed and numbers that are no integers by their bits."""
+
+    ROW = 0  # of the logits
+    TEMPERATURE = 1
+    SEED = 2
+    POSITION = 3
+    CANDIDATES = 4
+    KEEP_TAIL = 5
+    TOP_K = 6
+    TOP_P = 7
+    MIN_P = 8
+
+
+SETTINGS = len(Setting)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,50 +12,68 @@ from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays
 from vas_engine.sampling.arrays import MIN_TEMPERATURE
 
-TEMPERATURE, TOP_K, TOP_P, MIN_P, KEEP_TAIL = 0, 1, 2, 3, 7
-"""Places among the knobs."""
 
+class Knobs(NamedTuple):
+    """What a request sets to a number each; of a step's S sequences float64 [S] each, see `columns`."""
 
-def knobs(params: SamplingParams) -> tuple[float, ...]:
-    """The per-request scalars in the order that ``gather`` unpacks them."""
-    return (
-        # Below the sampler's least it is greedy in all but name.
-        params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0,
-        max(params.top_k, 0),
-        params.top_p,
-        params.min_p,
-        params.repetition_penalty,
-        params.presence_penalty,
-        params.frequency_penalty,
-        params.tail == "keep",
-    )
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    keep_tail: Any
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Knobs:
+        """Those of a request."""
+        return cls(
+            # Below the sampler's least it is greedy in all but name.
+            temperature=params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            keep_tail=params.tail == "keep",
+        )
+
+    @classmethod
+    def columns(cls, sequences: Seq[Sequence]) -> Knobs:
+        """Those of S sequences, float64 [S] each, contiguous."""
+        lines = np.array([s.knobs for s in sequences], np.float64).reshape(len(sequences), len(cls._fields))
+        return cls(*lines.T.copy())
 
 
 def has_limits(params: SamplingParams) -> bool:
+    """Whether a request cuts the support of its distribution."""
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def has_penalties(params: SamplingParams) -> bool:
+    """Whether scores of a request depend on the tokens that it has."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 def gather(sequences: Seq[Sequence], num_candidates: np.ndarray) -> SamplingArrays:
     """Arrays for the next token of each sequence; its position is the sequence's length."""
-    matrix = np.array([s.knobs for s in sequences], np.float64).reshape(len(sequences), 8)
+    knobs = Knobs.columns(sequences)
     history = _rows([_history(s) if s.penalised else None for s in sequences], np.int32)
     bias = _rows([_bias(s) for s in sequences], np.float32)
     return SamplingArrays(
-        temperature=matrix[:, 0].copy(),
-        top_k=matrix[:, 1].astype(np.int32),
-        top_p=matrix[:, 2].copy(),
-        min_p=matrix[:, 3].copy(),
-        repetition_penalty=matrix[:, 4].copy(),
-        presence_penalty=matrix[:, 5].copy(),
-        frequency_penalty=matrix[:, 6].copy(),
+        temperature=knobs.temperature,
+        top_k=knobs.top_k.astype(np.int32),
+        top_p=knobs.top_p,
+        min_p=knobs.min_p,
+        repetition_penalty=knobs.repetition_penalty,
+        presence_penalty=knobs.presence_penalty,
+        frequency_penalty=knobs.frequency_penalty,
         seed=np.array([s.seed for s in sequences], np.uint64),
         position=np.array([len(s.token_ids) for s in sequences], np.int64),
         num_candidates=num_candidates.astype(np.int32),
-        keep_tail=matrix[:, 7] != 0,
+        keep_tail=knobs.keep_tail != 0,
         history_offsets=history[0],
         history_ids=history[1],
         history_counts=history[2],

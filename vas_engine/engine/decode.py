@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
+from vas_engine.engine.controls import has_penalties
 from vas_engine.engine.decode_step import DecodeStep, Drawn, ForwardStep, GuidedStep, Lane, LookaheadStep, Shape
 from vas_engine.engine.guide import Guide
 from vas_engine.engine.scheduler import Work
@@ -46,7 +47,7 @@ def unfit(params: SamplingParams, lookahead: bool, reads_before: bool) -> str | 
     reasons = {
         "values that read states before and after a candidate": lookahead and reads_before,
         f"more than {MAX_CANDIDATES} candidates": params.num_candidates > MAX_CANDIDATES and bool(params.values),
-        "penalties": (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0),
+        "penalties": has_penalties(params),
         "logit_bias": bool(params.logit_bias),
         "logprobs": bool(params.logprobs),
         "return_hidden_states": params.return_hidden_states,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vas_engine.engine.controls import KEEP_TAIL, MIN_P, TEMPERATURE, TOP_K, TOP_P
+from vas_engine.engine.controls import Knobs
 from vas_engine.engine.guide import Hidden, Network, concatenate
 from vas_engine.engine.rows import slot
 from vas_engine.engine.sequence import Sequence
@@ -28,6 +28,7 @@ from vas_engine.kernels.reference import (
     SETTINGS,
     CandidateRows,
     SelectionTensors,
+    Setting,
     ValueSettings,
     WinnerTensors,
 )
@@ -326,18 +327,19 @@ class GuidedStep(_Step):
     def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
         host, count = self.inputs.host, len(sequences)
         settings = host["settings"]
-        settings[0] = np.arange(self.size)
-        settings[:, count:][1:] = 0
+        settings[:, count:] = 0
+        settings[Setting.ROW] = np.arange(self.size)
         if not count:
             return
-        knobs = np.array([s.knobs for s in sequences], np.float64)
-        settings[1, :count] = knobs[:, TEMPERATURE].copy().view(np.int64)
-        settings[2, :count] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)
-        settings[3, :count] = [len(s.token_ids) + ahead for s in sequences]
-        settings[4, :count] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
-        settings[5, :count] = knobs[:, KEEP_TAIL] != 0
-        settings[6, :count] = knobs[:, TOP_K]
-        settings[7:, :count] = knobs[:, [TOP_P, MIN_P]].T.copy().view(np.int64)
+        settings, knobs = settings[:, :count], Knobs.columns(sequences)
+        settings[Setting.TEMPERATURE] = knobs.temperature.view(np.int64)
+        settings[Setting.SEED] = np.array([s.seed for s in sequences], np.uint64).view(np.int64)
+        settings[Setting.POSITION] = [len(s.token_ids) + ahead for s in sequences]
+        settings[Setting.CANDIDATES] = [min(s.num_candidates, self.owner.lm.vocab_size) for s in sequences]
+        settings[Setting.KEEP_TAIL] = knobs.keep_tail
+        settings[Setting.TOP_K] = knobs.top_k
+        settings[Setting.TOP_P] = knobs.top_p.view(np.int64)
+        settings[Setting.MIN_P] = knobs.min_p.view(np.int64)
         if self.shape.limits:
             lines = np.flatnonzero([s.limited for s in sequences])
             host["lines"][: len(lines)] = lines
@@ -493,7 +495,7 @@ class LookaheadStep(GuidedStep):
     def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
         super()._fill_settings(sequences, ahead)
         # What is selected here are candidates of the position behind the winner's.
-        self.inputs.host["settings"][3, : len(sequences)] += 1
+        self.inputs.host["settings"][Setting.POSITION, : len(sequences)] += 1
 
     def _read(self, arrays: list[np.ndarray]) -> Drawn:
         drawn, found = self._drawn(arrays)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vas_engine.engine.blocks import BlockManager
-from vas_engine.engine.controls import gather, has_limits, has_penalties, knobs
+from vas_engine.engine.controls import Knobs, gather, has_limits, has_penalties
 from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
 from vas_engine.engine.decode_step import Drawn
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
@@ -239,7 +239,7 @@ class Engine:
         sequence.forks = params.n - 1 if index == 0 else 0
         sequence.salt = self.guide.salt(sequence)
         sequence.use_prefix_cache = not params.return_hidden_states
-        sequence.knobs = knobs(params)
+        sequence.knobs = Knobs.of(params)
         sequence.limited = has_limits(params)
         sequence.penalised = has_penalties(params)
         sequence.bias = dict(params.logit_bias or {})

@@ -118,7 +118,7 @@ def select_on_device(
 
     Args:
         logits: [B, V], as `select`'s.
-        settings: int64 [SETTINGS, S], see there.
+        settings: int64 [SETTINGS, S], lines as `kernels.reference.Setting` has them.
         width: W, at least one more than the most candidates.
         lines: int64 [P], all sequences that have a top_k, top_p or min_p; others, or one of them twice, do no harm.
             None: no sequence has any.
