@@ -106,10 +106,8 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 def gumbel_of_words(high: Tensor, low: Tensor) -> Tensor:
     """Gumbel variates of pairs of 32-bit words: with v = (high 2^32 + low + 1/2) / 2^64, -log(-log(1 - v)).
 
-    A large variate belongs to v near 0, where float64 is dense. Above 1/2, 1 - v is built from the
-    complements of
-    the words rather than by subtraction, so the lower tail keeps its precision too: the range is about -3.8
-        to 45.05.
+    A large variate belongs to v near 0, where float64 is dense. Above 1/2, 1 - v is built from the complements of the
+    words rather than by subtraction, so the lower tail keeps its precision too: the range is about -3.8 to 45.05.
     """
     high, low = torch.broadcast_tensors(high, low)
     upper = high >= 2**31

@@ -64,8 +64,7 @@ def assert_row(pair: Pair, out, row: int, token_ids: list[int], **tolerance: flo
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_chunks_decodes_and_candidates_equal_recomputation(name, backend):
-    """Several steps, each mixing prefill chunks, decodes and unslotted candidates of sequences of unlike
-    lengths."""
+    """Several steps, each mixing prefill chunks, decodes and unslotted candidates of sequences of unlike lengths."""
     pair = Pair(name, backend)
     sequences = make_sequences([23, 9, 14, 1, 30])
     poison(pair, sum(len(sequence.table) for sequence in sequences))

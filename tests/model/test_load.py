@@ -126,8 +126,7 @@ def test_rotate_is_what_the_layers_do(name, monkeypatch):
         monkeypatch.setattr(pages, "attend", spy)
 
     def queries(offset: int) -> list[torch.Tensor]:
-        """Queries per layer of one token alone in its sequence, at position `offset` (it sees itself
-        only)."""
+        """Queries per layer of one token alone in its sequence, at position `offset` (it sees itself only)."""
         seen.clear()
         batch = AttentionBatch.build([[0]], [0, 1], [offset], [-1], prefix_lens=[0])
         lm.forward(torch.tensor([9]), batch)

@@ -13,8 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_batch(seed: int, vocabulary: int | None = None) -> tuple[torch.Tensor, np.ndarray, SamplingArrays]:
-    """Logits, rows and settings in which everything varies from sequence to sequence, ties and bans
-    included."""
+    """Logits, rows and settings in which everything varies from sequence to sequence, ties and bans included."""
     rng = np.random.default_rng(seed)
     v = vocabulary or int(rng.choice(VOCABULARIES))
     b, s = int(rng.integers(1, 4)), int(rng.integers(1, 7))

@@ -1,6 +1,4 @@
-"""Heads of other projects: real tiny Hugging Face models are saved, loaded and compared at every prefix,
-uncached.
-"""
+"""Heads of other projects: real tiny Hugging Face models are saved, loaded and compared at every prefix, uncached."""
 
 from __future__ import annotations
 

@@ -107,8 +107,7 @@ class AttentionState:
 
 
 class LayerState:
-    """What one attention module knows: its model's state, its place in the stack, its spec (after the
-    probe)."""
+    """What one attention module knows: its model's state, its place in the stack, its spec (after the probe)."""
 
     __slots__ = ("index", "spec", "state")
 
@@ -119,8 +118,7 @@ class LayerState:
 
 
 def attach(model: nn.Module, state: AttentionState) -> None:
-    """Hangs the state on every module of the model that could be an attention module; the probe tells which
-    are."""
+    """Hangs the state on every module of the model that could be an attention module; the probe tells which are."""
     for module in model.modules():
         object.__setattr__(module, _STATE, LayerState(state))
 
@@ -144,8 +142,7 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it: query [B, H, S, D], key and value [B, KVH, S, D] -> ([B, S, H,
-    D], None)."""
+    """Attention as transformers calls it: query [B, H, S, D], key and value [B, KVH, S, D] -> ([B, S, H, D], None)."""
     layer = layer_state(module)
     state = layer.state
     if state.mode == "paged":

@@ -39,8 +39,7 @@ class PagedLayer(Protocol):
         softcap: float = 0.0,
         window: int = 0,
     ) -> torch.Tensor:
-        """q [R, H, D]; k, v [R, KVH, D] or None (a reader: pages only) -> [R, H, D]. Slotted rows are
-        written first."""
+        """q [R, H, D]; k, v [R, KVH, D] or None (a reader: pages only) -> [R, H, D]. Slotted rows are written first."""
 
     def write(self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """k, v [n, KVH, D] to slots int64 [n]; slot -1 is left out."""
@@ -317,8 +316,7 @@ def candidate_attention(
     positions: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention of grouped rows over pages, nothing written; see
-    ``kernels.reference.candidate_attention``."""
+    """Attention of grouped rows over pages, nothing written; see ``kernels.reference.candidate_attention``."""
     resolved = resolve_backend(backend, q.device, k_pages.dtype)
     if resolved != "cpp":
         kernels: Any = reference

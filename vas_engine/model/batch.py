@@ -23,11 +23,10 @@ def _tensor(values: Any, dtype: torch.dtype, device: torch.device | str) -> torc
 class AttentionBatch:
     """R rows in G groups (one group per sequence, its rows next to one another). All tensors are contiguous.
 
-    A *slotted* row (``slots[r] >= 0``) writes its key and value to the pages before anything is read, and
-    its prefix
-    takes it in: ``prefix_lens[r] == positions[r] + 1``. An *unslotted* row (``slots[r] == -1``) leaves the
-    pages as they are, sees the pages below its position, ``prefix_lens[r] == positions[r]``, and itself
-    besides; rows of one group never see one another's unslotted keys.
+    A *slotted* row (``slots[r] >= 0``) writes its key and value to the pages before anything is read, and its prefix
+    takes it in: ``prefix_lens[r] == positions[r] + 1``. An *unslotted* row (``slots[r] == -1``) leaves the pages as
+    they are, sees the pages below its position, ``prefix_lens[r] == positions[r]``, and itself besides; rows of one
+    group never see one another's unslotted keys.
 
     Attributes:
         block_tables: int32 [G, max_blocks], block of every page of a group; entries past a group's prefix
@@ -89,8 +88,7 @@ class AttentionBatch:
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> AttentionBatch:
-        """One list per sequence; slots come from the block tables. For tests and tools, not for the hot
-        path."""
+        """One list per sequence; slots come from the block tables. For tests and tools, not for the hot path."""
         width = max((len(table) for table in block_tables), default=0)
         tables = np.zeros((len(block_tables), width), dtype=np.int32)
         offsets, places, slots = [0], [], []
@@ -157,8 +155,7 @@ class AttentionBatch:
 
     @cached_property
     def strict(self) -> AttentionBatch:
-        """The same rows looking at positions strictly below their own and at no key of theirs: a reader's
-        look."""
+        """The same rows looking at positions strictly below their own and at no key of theirs: a reader's look."""
         if self.unslotted:
             return self
         below = torch.minimum(self.prefix_lens.to(torch.int64), self.positions).to(torch.int32)

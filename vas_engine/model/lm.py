@@ -291,8 +291,7 @@ class CausalLM:
         return self._head_of(last_hidden[None])[0]
 
     def commit(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Writes keys and values of rows (int64 [n]) of the last forward to slots (int64 [n]), in all
-        layers."""
+        """Writes keys and values of rows (int64 [n]) of the last forward to slots (int64 [n]), in all layers."""
         cache, scratch = self._pages(), self._state.scratch
         if len(scratch) != self.num_layers:
             raise VASError("the last forward had no unslotted rows, so there is nothing to commit")
@@ -306,8 +305,7 @@ class CausalLM:
     def rotate(
         self, queries: torch.Tensor, positions: torch.Tensor, layer: int, known: dict[Any, Any] | None = None
     ) -> torch.Tensor:
-        """queries [R, Hq, D] at positions int64 [R], rotated as that layer's; as they are where nothing is
-        rotated.
+        """queries [R, Hq, D] at positions int64 [R], rotated as that layer's; as they are where nothing is rotated.
 
         Args:
             known: where cosines and sines are kept for other calls with the same positions.
@@ -316,8 +314,7 @@ class CausalLM:
         return self._rotary.rotate(queries, positions, layer, {} if known is None else known)
 
     def attend(self, layer: int, queries: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """A reader's look at one layer's pages: queries [R, Hq, D] -> [R, Hq, D], scale 1 / sqrt(D), its
-        window.
+        """A reader's look at one layer's pages: queries [R, Hq, D] -> [R, Hq, D], scale 1 / sqrt(D), its window.
 
         Each row sees positions strictly below its own; one that stands at position 0 gets zeros.
         """

@@ -1,5 +1,4 @@
-"""What a model's attention asks for, found by running a token through it; what is not honoured is refused
-here."""
+"""What a model's attention asks for, found by running a token through it; what is not honoured is refused here."""
 
 from __future__ import annotations
 
@@ -13,22 +12,19 @@ from vas_engine.errors import UnsupportedModelError
 from vas_engine.model.attention import AttentionState, LayerState, Probed, layer_state
 
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-# Frequencies that depend on the longest sequence at hand: rows of other requests would change a request's
-# result.
+# Frequencies that depend on the longest sequence at hand: rows of other requests would change a request's result.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 def probe_tokens(model: PreTrainedModel, max_position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token, and the same token twice behind another one; row 2 of the packed rows stands at
-    ``max_position``."""
+    """A token, and the same token twice behind another one; row 2 of the packed rows stands at ``max_position``."""
     ids = torch.tensor([[2, 1, 1]], device=model.device)
     positions = torch.tensor([[min(3, max_position), 0, max_position]], device=model.device)
     return ids, positions
 
 
 def probe(model: PreTrainedModel, state: AttentionState, max_position: int) -> list[Probed]:
-    """Runs one token alone and packed among others, each row seeing itself only; returns the layers of the
-    packed run.
+    """Runs one token alone and packed among others, each row seeing itself only; returns the layers of the packed run.
 
     Raises:
         UnsupportedModelError: naming the feature and the model.

@@ -50,8 +50,7 @@ class Rotary:
         if self.module is None or self.apply is None:
             return "unknown"
         try:
-            # A scaling of the rotation (yarn) is already in the query at position 0, where cos is that
-            # scaling.
+            # A scaling of the rotation (yarn) is already in the query at position 0, where cos is that scaling.
             places = torch.tensor([0, position], device=entry.query.device)
             cos, _ = self._tables(entry.query[1:2], places, layer, {})
             turned = self._turn(entry.query[1:2] / cos[0, 0, 0], places[1:], layer, {})[0].float()

@@ -36,8 +36,7 @@ MIN_TEMPERATURE = 1e-8
 
 @dataclass
 class SamplingArrays:
-    """Settings of S sequences. The ids of one sequence's history, and of its bias, are distinct; order is
-    free.
+    """Settings of S sequences. The ids of one sequence's history, and of its bias, are distinct; order is free.
 
     Attributes:
         temperature: float64 [S], 0 is greedy.

@@ -13,8 +13,7 @@ _MASK64 = 2**64 - 1
 
 
 def gumbel_noise(seed: int, position: int, token_ids: np.ndarray, backend: str = "auto") -> np.ndarray:
-    """Gumbel(0, 1) noise of tokens, a pure function of its three arguments (see
-    `kernels.reference.gumbel_noise`).
+    """Gumbel(0, 1) noise of tokens, a pure function of its three arguments (see `kernels.reference.gumbel_noise`).
 
     Args:
         seed: 0 <= seed < 2^64.

@@ -59,8 +59,7 @@ def prune(
 ) -> np.ndarray:
     """Columns whose value has to be known. What is left out cannot win, so the drawn token is the same.
 
-    A candidate whose score + high is below the best score + low (the champion's score counts with tilt 0) is
-    out.
+    A candidate whose score + high is below the best score + low (the champion's score counts with tilt 0) is out.
     Exact also in rounding: the comparison makes the additions `choose` makes, and rounding keeps order.
 
     Args:

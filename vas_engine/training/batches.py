@@ -17,8 +17,7 @@ __all__ = ["Batch", "make_batch", "plan_batches", "split"]
 HOLDOUT_UNITS = ("auto", "prompt", "sample")
 # With fewer prompts held out than this their own differences would drown everything else.
 LEAST_HELDOUT_PROMPTS = 5
-# Batches are cut from this many batches' worth of rollouts sorted by length: little padding, still well
-# mixed.
+# Batches are cut from this many batches' worth of rollouts sorted by length: little padding, still well mixed.
 SORTED_BATCHES = 16
 
 

@@ -148,7 +148,6 @@ def _choose(spec: str, config: Any, choice: str, has_template: bool) -> tuple[in
 
 def _max_length(model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config, "max_position_embeddings", None) or 512
-    # RoBERTa's kin number positions from the padding id on, so two of their position embeddings are never
-    # reached.
+    # RoBERTa's kin number positions from the padding id on, so two of their position embeddings are never reached.
     reserved = getattr(tokenizer, "pad_token_id", 0) + 1 if "roberta" in model.config.model_type else 0
     return int(min(positions - reserved, tokenizer.model_max_length))

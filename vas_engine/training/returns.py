@@ -51,8 +51,7 @@ def lambda_returns(
         if lam < 1.0:
             mixed = (1.0 - lam) * bootstrap + lam * following
             following = mixed if trusted is None else torch.where(trusted, mixed, following)
-        # Where an episode ends its reward is known: it takes the place of the prediction. Beyond that nothing
-        # holds.
+        # Where an episode ends its reward is known: it takes the place of the prediction. Beyond that nothing holds.
         ends, beyond = (last == position)[:, None], (last < position)[:, None]
         following = torch.where(ends, rewards, torch.where(beyond, torch.zeros_like(rewards), gamma * following))
         bootstrap = torch.where(ends, rewards, values[:, position])

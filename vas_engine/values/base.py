@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 def base_fingerprint(lm: CausalLM, tokenizer: Any | None = None) -> dict[str, Any]:
-    """What identifies the base model: architecture, hash of the weights, hash of the vocabulary (None if
-    not known).
-    """
+    """What identifies the base model: architecture, hash of the weights, hash of the vocabulary (None if not known)."""
     return dict(lm.fingerprint(tokenizer))
 
 

@@ -184,9 +184,7 @@ class ValueConfig:
 
     @property
     def input(self) -> str:
-        """ "action" (hidden states before the token + its embedding), "lookahead" (hidden states after
-        it) or "token".
-        """
+        """ "action" (hidden states before the token + its embedding), "lookahead" (those after it) or "token"."""
         return self.preset.input
 
     @property
@@ -417,9 +415,7 @@ def _default_head(reward: str | HeadConfig, distributional: bool) -> HeadConfig:
 
 
 def config_parameters(config: ValueConfig) -> int:
-    """Trained numbers of a network with these settings (the per-vocabulary table made at inference is
-    not counted).
-    """
+    """Trained numbers of a network with these settings (the per-vocabulary table made at inference is not counted)."""
     width = config.width or len(config.states) * config.hidden_size
     total = (len(config.states) * config.hidden_size + PLACE_FEATURES) * config.width if config.width else 0
     if config.input == "action":

@@ -54,11 +54,9 @@ class Checkpoint:
             pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLED]
             if pickled:
                 raise ValueArtifactError(
-                    f"{folder}: {', '.join(pickled)}: pickled weights can run code and are not read; "
-                    f"convert them where "
-                    "you trust them: load the model with transformers and call save_pretrained (it writes "
-                    "safetensors), "
-                    "or safetensors.torch.save_file(state_dict, 'model.safetensors')"
+                    f"{folder}: {', '.join(pickled)}: pickled weights can run code and are not read; convert them "
+                    "where you trust them: load the model with transformers and call save_pretrained (it writes "
+                    "safetensors), or safetensors.torch.save_file(state_dict, 'model.safetensors')"
                 )
             raise ValueArtifactError(
                 f"{folder}: neither a value folder (config.json with format_version) nor safetensors"
@@ -203,9 +201,8 @@ def load_foreign(
         raise ValueArtifactError(f"{folder}: holds a head only and no backbone; use as_='head'")
     if head.layout not in PREFIX_VALUES:
         warnings.warn(
-            f"{folder}: a head of layout '{head.layout}' is usually trained on the last tokens of whole "
-            f"answers; that is "
-            "not by itself a valid value of prefixes. Check it, or train a value on its scores.",
+            f"{folder}: a head of layout '{head.layout}' is usually trained on the last tokens of whole answers; "
+            "that is not by itself a valid value of prefixes. Check it, or train a value on its scores.",
             stacklevel=3,
         )
     head_config = _head_config(head, config, index, folder)
@@ -241,9 +238,8 @@ def _check_tokenizer(folder: Path, tokenizer: Any | None) -> None:
     theirs = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueArtifactError(
-            f"{folder}: its tokenizer has another vocabulary than the base model's; values are read token "
-            f"by token, so use "
-            "a checkpoint of the same tokenizer"
+            f"{folder}: its tokenizer has another vocabulary than the base model's; values are read token by token, "
+            "so use a checkpoint of the same tokenizer"
         )
 
 
@@ -309,9 +305,8 @@ def _as_head(
 ) -> ValueNetwork:
     if head.inputs != lm.hidden_size:
         raise ValueArtifactError(
-            f"{folder}: its head reads states of {head.inputs}, the base model has {lm.hidden_size}; load "
-            f"the base model "
-            "it was trained on"
+            f"{folder}: its head reads states of {head.inputs}, the base model has {lm.hidden_size}; "
+            "load the base model it was trained on"
         )
     config = ValueConfig(
         kind="lookahead",

@@ -24,9 +24,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Divides by the root mean square over the last dimension; the gains sit in the projection that
-    follows.
-    """
+    """Divides by the root mean square over the last dimension; the gains sit in the projection that follows."""
     return F.rms_norm(x, (x.shape[-1],), None, NORM_EPS)
 
 
@@ -178,8 +176,7 @@ class Heads(nn.Module):
     def loss(self, output: Tensor, targets: Tensor, sigma: float = 0.0) -> Tensor:
         """Training loss of every row and head, unreduced, differentiable.
 
-        Scalar heads: half the squared error in units of the head's ``std`` (of the interval's width for a
-            bounded one).
+        Scalar heads: half the squared error in units of the head's ``std`` (of the interval's width for a bounded one).
         Distributional heads: cross-entropy to the target spread over its neighbouring atoms.
 
         Args:

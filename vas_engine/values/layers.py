@@ -96,9 +96,7 @@ class SideLayer(nn.Module):
 
 
 class Rotary:
-    """Rotary positions of a side network (Su et al. 2021), the two halves of a head turned against each
-    other.
-    """
+    """Rotary positions of a side network (Su et al. 2021), the two halves of a head turned against each other."""
 
     def __init__(self, positions: Tensor, head_dim: int) -> None:
         steps = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device)
@@ -141,8 +139,7 @@ class PagedAttention:
 
 
 class DenseAttention:
-    """Whole sequences and the branches behind them, uncached, with autograd. Padding is never seen by what
-    precedes it.
+    """Whole sequences and the branches behind them, uncached, with autograd. Padding is never seen by what precedes it.
 
     Args:
         dense: the base model's, with the keys and values of the layers that are read.

@@ -62,10 +62,9 @@ class ServedWeights:
 class ValueNetwork(nn.Module):
     """A small network over the hidden states of a frozen base model; the kinds are presets of its settings.
 
-    Row of token a behind state s: ``W_h concat(norm(h_j)) + W_e norm(emb(a))``, the h_j being hidden states
-        of s (input
-    "action"), or ``W_h concat(norm(h_j))`` with those of s and a (input "lookahead"); then the layers; then
-    the heads. Parameters are float32 whatever the base model's dtype.
+    Row of token a behind state s: ``W_h concat(norm(h_j)) + W_e norm(emb(a))``, the h_j being hidden states of s (input
+    "action"), or ``W_h concat(norm(h_j))`` with those of s and a (input "lookahead"); what its place adds; then the
+    layers; then the heads. Parameters are float32 whatever the base model's dtype.
 
     Args:
         config: its settings.
@@ -311,8 +310,7 @@ class ValueNetwork(nn.Module):
     # -- training
 
     def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor, branches: Branches | None = None) -> Tensor:
-        """Values of all prefixes at once, uncached, with autograd through the network and none through the
-        base.
+        """Values of all prefixes at once, uncached, with autograd through the network and none through the base.
 
         Args:
             lm: the base model.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class Scorer(Protocol):
     """A value network or value model.
 
-    A *row* is one token with its place: a candidate, or a token of the prompt on its way into the network's
-        own pages.
+    A *row* is one token with its place: a candidate, or a token of the prompt on its way into the network's own pages.
     The row of token a behind state s stands at position len(s).
     """
 
@@ -55,9 +54,7 @@ class Scorer(Protocol):
         """Ties it to the base model it was made for and gets it ready to score; returns itself."""
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Makes its own pages, addressed by the base model's block tables; nothing for a network without
-        any.
-        """
+        """Makes its own pages, addressed by the base model's block tables; nothing for a network without any."""
 
     def compile(self) -> None:
         """Has rows run code of torch.compile from now on."""
@@ -107,9 +104,7 @@ class Scorer(Protocol):
         """The heads in the dtypes that rows are computed with."""
 
     def commit(self, rows: Tensor, slots: Tensor) -> None:
-        """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n]); nothing
-        without own pages.
-        """
+        """Own K/V of unslotted rows (int64 [n]) of the last ``score`` to slots (int64 [n]); nothing without pages."""
 
     def train_values(self, lm: CausalLM, tokens: Tensor, lengths: Tensor, branches: Branches | None = None) -> Tensor:
         """Head output [B, T, O] float32 with autograd; entry p values the state ``tokens[:p + 1]``.
