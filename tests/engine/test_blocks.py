@@ -224,16 +224,6 @@ def test_forgotten_blocks_serve_nobody() -> None:
     blocks.check([])
 
 
-def test_clearing_the_prefix_cache_keeps_tables() -> None:
-    blocks = BlockManager(8, 2)
-    gone, stays = fill(blocks, prompt([1, 2, 3])), fill(blocks, prompt([5, 6, 7]))
-    blocks.release(gone)
-    blocks.clear_prefix_cache()
-    assert blocks.num_idle == 0
-    assert blocks.find_prefix(prompt([1, 2, 3]), 2) == blocks.find_prefix(prompt([5, 6, 7]), 2) == []
-    blocks.check([stays])
-
-
 def break_owner_count(blocks: BlockManager, sequence: Sequence) -> None:
     blocks._owners[sequence.block_table[0]] += 1
 

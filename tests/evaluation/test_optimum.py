@@ -47,7 +47,6 @@ def test_gaussian_rewards():
     optimum = Optimum([np.random.default_rng(seed).normal(size=20000) for seed in range(4)])
     for reward in (-2.0, -1.0, 0.5, 1.0, 2.0):
         assert optimum.kl_at(reward) == pytest.approx(reward**2 / 2, rel=0.05, abs=0.01)
-    assert optimum.samples_at(2.0) < optimum.samples_at(1.0) < 20000
     assert math.isnan(optimum.kl_at(5.0))
     kl, rewards = optimum.curve()
     assert kl == sorted(kl)

@@ -147,13 +147,6 @@ class BlockManager:
                 self._digest_of[block] = digest
         sequence.num_registered = max(full, sequence.num_registered)
 
-    def clear_prefix_cache(self) -> None:
-        """Forgets every known prefix (the weights have changed, say). Sequences keep their blocks."""
-        self._block_of.clear()
-        self._digest_of.clear()
-        self._empty.extend(self._idle)
-        self._idle.clear()
-
     def num_idle_of(self, blocks: Iterable[int]) -> int:
         """How many of the blocks are free now."""
         return sum(self._owners[block] == 0 for block in blocks)

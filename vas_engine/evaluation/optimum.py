@@ -42,10 +42,8 @@ class Optimum:
         # [signs, lambdas, prompts]: the curve upwards and the one downwards.
         tilts = np.stack([STRENGTHS, -STRENGTHS]) / scale
         curves = [_reweight(pool, tilts) for pool in rewards]
-        self._tilts = tilts
         self._rewards, self._kl, samples = (np.stack(parts, -1) for parts in zip(*curves, strict=True))
         self._ends = np.maximum((samples.mean(-1) >= LEAST_SAMPLES).sum(-1), 1)
-        self._samples = samples
 
     def curve(self, upwards: bool = True) -> tuple[list[float], list[float]]:
         """(KL in nats, mean reward) from the base on, as far as the pool carries."""
@@ -57,11 +55,6 @@ class Optimum:
     def kl_at(self, reward: float) -> float:
         """Nats that the optimum spends for a mean reward; NaN where the pool does not reach it."""
         return float(self._kl_at(np.array([reward]), self._rewards.mean(-1)[None], self._kl.mean(-1)[None])[0])
-
-    def samples_at(self, reward: float) -> float:
-        """Effective samples per prompt behind `kl_at`; NaN where the pool does not reach the reward."""
-        samples = self._samples.mean(-1)[None]
-        return float(self._kl_at(np.array([reward]), self._rewards.mean(-1)[None], samples)[0])
 
     def efficiency(self, rewards: Sequence[float], kl: Sequence[float]) -> Estimate:
         """KL efficiency: nats of the optimum at the same mean reward, over the nats spent.

@@ -123,6 +123,11 @@ def attach(model: nn.Module, state: AttentionState) -> None:
         object.__setattr__(module, _STATE, LayerState(state))
 
 
+def detach(module: nn.Module) -> None:
+    """Takes the state off a module that is none."""
+    module.__dict__.pop(_STATE, None)
+
+
 def layer_state(module: nn.Module) -> LayerState:
     found = getattr(module, _STATE, None)
     if found is None:

@@ -123,10 +123,6 @@ class AttentionBatch:
         return self.positions.shape[0]
 
     @property
-    def num_groups(self) -> int:
-        return self.block_tables.shape[0]
-
-    @property
     def device(self) -> torch.device:
         return self.positions.device
 

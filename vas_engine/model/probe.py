@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vas_engine.errors import UnsupportedModelError
-from vas_engine.model.attention import AttentionState, LayerState, Probed, layer_state
+from vas_engine.model.attention import AttentionState, LayerState, Probed, detach, layer_state
 
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Frequencies that depend on the longest sequence at hand: rows of other requests would change a request's result.
@@ -139,5 +139,5 @@ def settle(model: PreTrainedModel, probed: list[Probed]) -> list[LayerState]:
     used = {id(entry.module) for entry in probed}
     for module in model.modules():
         if id(module) not in used:
-            module.__dict__.pop("_vas_layer", None)
+            detach(module)
     return kept
