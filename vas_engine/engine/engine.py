@@ -70,8 +70,8 @@ class Engine:
     ) -> None:
         self.lm = lm
         scorers = dict(scorers or {})
-        made_for = [lm.max_model_len, *(getattr(s, "max_model_len", lm.max_model_len) for s in scorers.values())]
-        self.max_model_len = min(max_model_len or lm.max_model_len, *made_for)
+        made_for = min([lm.max_model_len, *(scorer.max_model_len for scorer in scorers.values())])
+        self.max_model_len = min(max_model_len or made_for, made_for)
         self.block_size = block_size
         self._allocated = num_blocks + graphs  # a block for what nobody reads
         lm.allocate(self._allocated, block_size)
@@ -160,9 +160,8 @@ class Engine:
         if name in self.guide.scorers:
             fix = "its last request is still running" if name in self._retired else "is loaded; unload it first"
             raise InvalidArgumentError("name", name, fix)
-        longest = getattr(scorer, "max_model_len", self.max_model_len)
-        if longest < self.max_model_len:
-            fix = f"was made for sequences of {longest}; this engine runs up to {self.max_model_len}"
+        if scorer.max_model_len < self.max_model_len:
+            fix = f"was made for sequences of {scorer.max_model_len}; this engine runs up to {self.max_model_len}"
             raise InvalidArgumentError("name", name, fix)
         needed = KVCache.bytes_per_block(scorer.cache_layers, self.block_size, self.lm.dtype) * self._allocated
         if needed > free_memory(self.lm.device):

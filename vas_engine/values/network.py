@@ -118,6 +118,11 @@ class ValueNetwork(nn.Module):
         return self._bound().dtype
 
     @property
+    def max_model_len(self) -> int:
+        """Positions that the base model was made for."""
+        return self._bound().max_model_len
+
+    @property
     def num_parameters(self) -> int:
         """Trained numbers; the table made for inference is not counted."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -50,6 +50,10 @@ class Scorer(Protocol):
     def cache_dtype(self) -> torch.dtype:
         """Dtype of its own pages."""
 
+    @property
+    def max_model_len(self) -> int:
+        """Positions it was made for; those of its base model where it has no limit of its own."""
+
     def bind(self, lm: CausalLM, tokenizer: Any | None = None) -> Any:
         """Ties it to the base model it was made for and gets it ready to score; returns itself."""
 
