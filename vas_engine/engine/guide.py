@@ -12,7 +12,6 @@ import torch
 
 from vas_engine.engine.rows import Rows, group_offsets, unslotted
 from vas_engine.engine.sequence import Sequence
-from vas_engine.errors import InvalidArgumentError
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings
 from vas_engine.kernels.transfer import to_device, to_host
@@ -20,7 +19,8 @@ from vas_engine.model.backend import launches
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import Selection, Winners, choose, value_tilt
-from vas_engine.values.scorer import Scorer, value_names
+from vas_engine.values.config import HeadConfig
+from vas_engine.values.scorer import Scorer, check_tilt, value_heads
 
 Hidden = dict[int, torch.Tensor]
 """Hidden-state index -> [rows, hidden size], as the base model's forward returns them."""
@@ -117,6 +117,7 @@ class Guide:
         fuses: whether heads, tilt and draw are one kernel: where the base model's attention is Triton's too.
         head_tilt, candidate_rows, winner_rows: the kernels of these names, or their references.
         sampler: the backend that selects candidates.
+        heads, value_names: value name -> its head, in the order of the values' columns; the names alone.
     """
 
     def __init__(self, lm: CausalLM, scorers: Mapping[str, Scorer]) -> None:
@@ -133,13 +134,13 @@ class Guide:
     def _arrange(self, scorers: Mapping[str, Scorer]) -> None:
         numbers = {network.name: network.number for network in self.networks}
         networks: list[Network] = []
-        names: list[str] = []
-        for name, own in value_names(scorers).items():
-            columns = slice(len(names), len(names) + len(own))
-            names += own
+        heads: dict[str, HeadConfig] = {}
+        for name, own in value_heads(scorers).items():
+            columns = slice(len(heads), len(heads) + len(own))
+            heads |= own
             number = numbers[name] if name in numbers else next(self._numbers)
             networks.append(Network(name, scorers[name], columns, number))
-        self.networks, self.value_names = networks, names
+        self.networks, self.heads, self.value_names = networks, heads, list(heads)
         self.states = sorted({j for network in networks for j in network.scorer.states})
         bounds = [b for network in networks for b in network.scorer.heads.bounds]
         self._low = np.array([low for low, _ in bounds], np.float64)
@@ -175,13 +176,7 @@ class Guide:
         weights = np.array([asked.get(name, 0.0) for name in self.value_names], np.float32)
         named = [name in asked for name in self.value_names]
         used = [i for i, network in enumerate(self.networks) if any(named[network.columns])]
-        if params.tilt == "optimal":
-            for i in used:
-                network = self.networks[i]
-                for head, weight in zip(network.scorer.config.heads, weights[network.columns], strict=True):
-                    if weight and head.support is None:
-                        fix = f"value {head.name!r} has a scalar head; use tilt='mean' or train it --distributional"
-                        raise InvalidArgumentError("tilt", params.tilt, fix)
+        check_tilt(params, self.heads)
         sequence.weights = weights
         sequence.networks = tuple(used)
         sequence.reports = tuple(self.value_names.index(name) for name in asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from vas_engine.evaluation.frontier import Setting
 from vas_engine.evaluation.log_probability import LogProbability
 from vas_engine.params import SamplingParams
 from vas_engine.values.config import HeadConfig
+from vas_engine.values.scorer import check_tilt
 
 if TYPE_CHECKING:
     from vas_engine.llm import LLM
@@ -80,7 +81,7 @@ def sweep(
     chosen = METHODS[method]
     settings = {**chosen.changes, **(changes or {})}
     settings["num_candidates"] = min(settings.get("num_candidates", base.num_candidates), llm.lm.vocab_size)
-    label = method if sum(1 for _ in _heads(llm)) == 1 else f"{method} {value}"
+    label = method if len(_heads(llm)) == 1 else f"{method} {value}"
     weighted = log_name(value) if chosen.of_logs else value
     return [
         Setting(
@@ -125,18 +126,12 @@ def check_settings(llm: LLM, settings: Iterable[Setting]) -> None:
     Raises:
         InvalidArgumentError: one that cannot.
     """
-    heads = {
-        name: head
-        for network in llm.engine.guide.networks
-        for name, head in zip(llm.value_names[network.columns], network.scorer.config.heads, strict=True)
-    }
     for setting in settings:
-        params = setting.params
-        params.check(vocab_size=llm.lm.vocab_size, value_names=llm.value_names)
-        for name, weight in (params.values or {}).items():
-            if params.tilt == "optimal" and weight and heads[name].support is None:
-                fix = f"value {name!r} has a scalar head; train it --distributional, or leave out {setting.method!r}"
-                raise InvalidArgumentError("tilt", params.tilt, fix)
+        setting.params.check(vocab_size=llm.lm.vocab_size, value_names=llm.value_names)
+        try:
+            check_tilt(setting.params, llm.engine.guide.heads)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError("tilt", error.value, f"{error.fix}, or leave out {setting.method!r}") from None
 
 
 def steered_rewards(llm: LLM, rewards: Sequence[str]) -> dict[str, str]:
@@ -146,7 +141,7 @@ def steered_rewards(llm: LLM, rewards: Sequence[str]) -> dict[str, str]:
         InvalidArgumentError: a value about none of the rewards.
     """
     found = {}
-    for name, head in _heads(llm):
+    for name, head in _heads(llm).items():
         reward = next((r for r in (name, head.reward, head.name) if r in rewards), None)
         if reward is None:
             fix = f"it is about the reward {head.reward!r}; give --reward {head.reward}=SPEC"
@@ -174,8 +169,9 @@ def log_name(value: str) -> str:
     return LOG_PREFIX + value
 
 
-def _heads(llm: LLM) -> Iterator[tuple[str, HeadConfig]]:
-    """Values by name, their logarithms left out."""
-    for network in llm.engine.guide.networks:
-        if not isinstance(network.scorer, LogProbability):
-            yield from zip(llm.value_names[network.columns], network.scorer.config.heads, strict=True)
+def _heads(llm: LLM) -> dict[str, HeadConfig]:
+    """Value name -> its head, logarithms of values left out."""
+    guide = llm.engine.guide
+    logs = [network.columns for network in guide.networks if isinstance(network.scorer, LogProbability)]
+    left_out = {name for columns in logs for name in guide.value_names[columns]}
+    return {name: head for name, head in guide.heads.items() if name not in left_out}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from vas_engine.params import SamplingParams
 from vas_engine.sampling import value_tilt
 from vas_engine.values.artifact import load_value, read_config
 from vas_engine.values.files import read_json
-from vas_engine.values.scorer import Scorer, value_names
+from vas_engine.values.scorer import Scorer, check_tilt, value_heads
 from vas_engine.values.value_model import ValueModel
 
 BLOCKS_AT_FIRST = 64
@@ -289,21 +288,19 @@ class Values:
         models: name -> value; of several heads each goes by "name.head".
 
     Attributes:
-        names: what weights refer to. names_of: those of each model.
+        heads: value name -> its head. names: what weights refer to. names_of: those of each model.
     """
 
     def __init__(self, models: Mapping[str, Scorer]) -> None:
         self.models = dict(models)
-        self.names_of = value_names(self.models)
-        self.names = list(itertools.chain.from_iterable(self.names_of.values()))
+        heads_of = value_heads(self.models)
+        self.names_of = {name: list(heads) for name, heads in heads_of.items()}
+        self.heads = {name: head for heads in heads_of.values() for name, head in heads.items()}
+        self.names = list(self.heads)
 
     def check(self, params: SamplingParams) -> None:
         """Raises InvalidArgumentError for the optimal tilt of a scalar head."""
-        heads = [head for model in self.models.values() for head in model.config.heads]
-        for name, head in zip(self.names, heads, strict=True):
-            if params.tilt == "optimal" and (params.values or {}).get(name) and not head.distributional:
-                fix = f"value {name!r} has a scalar head; use tilt='mean' or train it --distributional"
-                raise InvalidArgumentError("tilt", params.tilt, fix)
+        check_tilt(params, self.heads)
 
     def tilts(
         self, outputs: Sequence[Sequence[Tensor]], params: Sequence[SamplingParams]

@@ -107,12 +107,7 @@ class EngineThread:
         return "".join(traceback.format_stack(frame)) if frame else ""
 
     def heads(self) -> dict[str, HeadConfig]:
-        guide = self.engine.guide
-        return {
-            name: head
-            for network in guide.networks
-            for name, head in zip(guide.value_names[network.columns], network.scorer.config.heads, strict=False)
-        }
+        return self.engine.guide.heads
 
     def totals(self) -> Totals:
         """The engine's own counts. They are single numbers, so no lock is needed."""

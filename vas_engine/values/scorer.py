@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.values.config import ValueConfig
+from vas_engine.values.config import HeadConfig, ValueConfig
 from vas_engine.values.heads import Heads
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vas_engine.model.branches import Branches
     from vas_engine.model.cache import KVCache, LayerShape
     from vas_engine.model.lm import CausalLM
+    from vas_engine.params import SamplingParams
 
 
 @runtime_checkable
@@ -117,20 +118,29 @@ class Scorer(Protocol):
         """
 
 
-def value_names(scorers: Mapping[str, Scorer]) -> dict[str, list[str]]:
-    """What weights call the heads of networks: by a network's name, those of several heads "name.head", those of a
-    network under the empty name by their own.
+def value_heads(scorers: Mapping[str, Scorer]) -> dict[str, dict[str, HeadConfig]]:
+    """The heads of each network by what weights call them: by the network's name, those of several heads "name.head",
+    those of a network under the empty name by their own.
 
     Raises:
         InvalidArgumentError: two values of one name.
     """
-    names: dict[str, list[str]] = {}
+    found: dict[str, dict[str, HeadConfig]] = {}
     taken: set[str] = set()
     for name, scorer in scorers.items():
-        heads = [head.name for head in scorer.config.heads]
-        names[name] = heads if not name else [name] if len(heads) == 1 else [f"{name}.{h}" for h in heads]
-        for value in names[name]:
+        heads = scorer.config.heads
+        own = [head.name if not name else name if len(heads) == 1 else f"{name}.{head.name}" for head in heads]
+        for value in own:
             if value in taken:
                 raise InvalidArgumentError("values", value, "two networks give this name; load one under another")
             taken.add(value)
-    return names
+        found[name] = dict(zip(own, heads, strict=True))
+    return found
+
+
+def check_tilt(params: SamplingParams, heads: Mapping[str, HeadConfig]) -> None:
+    """Raises InvalidArgumentError for the optimal tilt of a scalar head; `heads`: value name -> head, of all loaded."""
+    for name, weight in (params.values or {}).items():
+        if params.tilt == "optimal" and weight and not heads[name].distributional:
+            fix = f"value {name!r} has a scalar head; use tilt='mean' or train it --distributional"
+            raise InvalidArgumentError("tilt", params.tilt, fix)

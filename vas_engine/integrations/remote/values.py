@@ -88,8 +88,7 @@ class TextValues:
     @property
     def heads(self) -> dict[str, HeadConfig]:
         """The head behind each name."""
-        heads = [head for model in self.values.models.values() for head in model.config.heads]
-        return dict(zip(self.names, heads, strict=True))
+        return self.values.heads
 
     def tilts(self, asks: Sequence[Ask]) -> list[tuple[np.ndarray, np.ndarray]]:
         """T of the candidates and V of the state and of each of them, as `Values.tilts`, of all in one pass."""
