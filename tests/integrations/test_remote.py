@@ -46,7 +46,7 @@ from vas_engine.integrations.remote import (
     SpendLimitError,
 )
 from vas_engine.integrations.remote.journal import Journal
-from vas_engine.integrations.remote.llm import _Policy
+from vas_engine.integrations.remote.policy import Policy
 from vas_engine.integrations.remote.values import Ask
 from vas_engine.prompts import read_prompt
 from vas_engine.values.artifact import save_value
@@ -125,7 +125,7 @@ def test_the_tail_gets_its_share_whatever_the_normaliser() -> None:
     """Over the endpoint's own draw, inside and outside of the candidates, the tail is taken with pi(tail)."""
     log_probs = np.log([0.4, 0.2, 0.1])
     for tilt in ([1.0, 0.5, 0.0], [-2.0, -1.0, 0.3], [0.0, 0.0, 0.0], [-30.0, -30.0, -30.0]):
-        policy = _Policy(log_probs, np.array(tilt), SamplingParams())
+        policy = Policy(log_probs, np.array(tilt), SamplingParams())
         z = (np.exp(log_probs) * np.exp(tilt)).sum() + 0.3
         assert policy.log_z == pytest.approx(math.log(z))
         assert 0.3 * policy.tail_chance(True) + 0.7 * policy.tail_chance(False) == pytest.approx(0.3 / z)
