@@ -719,6 +719,10 @@ def test_values_that_cannot_serve_are_named(world, tmp_path) -> None:
         assert key not in str(raised.value)
     with pytest.raises(InvalidArgumentError, match="did you mean 'max_requests'"):
         RemoteLLM("http://localhost/v1", "tiny", max_request=4)
+    for limit in ({"timeout": 0}, {"max_retries": -1}, {"concurrency": 0}, {"requests_per_second": 0}, {"max_wait": None}):
+        with pytest.raises(InvalidArgumentError, match=f"{next(iter(limit))}={next(iter(limit.values()))}: must be"):
+            RemoteLLM("http://localhost/v1", "tiny", **limit)
+    RemoteLLM("http://localhost/v1", "tiny", backoff=0, max_retries=0, max_requests=None)
 
 
 def test_the_command_line(world, upstream, tmp_path, capsys) -> None:

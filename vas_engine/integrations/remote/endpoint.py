@@ -15,6 +15,7 @@ from time import monotonic, time
 from types import ModuleType
 from typing import Any
 
+from vas_engine import arguments
 from vas_engine.errors import VASError
 from vas_engine.integrations.remote.errors import (
     EndpointAnswerError,
@@ -38,9 +39,10 @@ def _httpx() -> ModuleType:
     return httpx
 
 
-@dataclass(frozen=True)
+@arguments.names_nearest({"max_tokens": "max_spent_tokens", "retries": "max_retries"})
+@dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How an endpoint may be used.
+    """How an endpoint may be used. What cannot work raises InvalidArgumentError.
 
     Attributes:
         timeout: seconds for one answer.
@@ -62,6 +64,17 @@ class Limits:
     requests_per_second: float | None = None
     max_requests: int | None = None
     max_spent_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "backoff", "max_wait"):
+            arguments.real(name, getattr(self, name), 0.0, above_low=name == "timeout")
+        for name, least in (("max_retries", 0), ("concurrency", 1)):
+            arguments.integer(name, getattr(self, name), least)
+        if self.requests_per_second is not None:
+            arguments.real("requests_per_second", self.requests_per_second, 0.0, above_low=True)
+        for name in ("max_requests", "max_spent_tokens"):
+            if getattr(self, name) is not None:
+                arguments.integer(name, getattr(self, name), 1)
 
 
 @dataclass

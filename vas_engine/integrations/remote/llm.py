@@ -76,7 +76,7 @@ class RemoteLLM:
         self.base_url, self.model = base_url, model
         self.tokenizer = None if tokenizer is None else load_tokenizer(None, tokenizer, None, required=True)
         self.values = TextValues(values or {}, value_tokenizers, self.tokenizer)
-        self.limits = _read_limits(limits)
+        self.limits = Limits(**limits)
         if max_model_len is not None:
             arguments.integer("max_model_len", max_model_len, 2)
         self.max_model_len = max_model_len
@@ -202,19 +202,3 @@ def _check_address(base_url: str, api_key: str | None) -> None:
     # Headers take no other characters; the key itself is not to be told.
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise InvalidArgumentError("api_key", "...", "holds characters that no header takes, such as a line end")
-
-
-def _read_limits(limits: Mapping[str, Any]) -> Limits:
-    known = Limits.__dataclass_fields__
-    for name, value in limits.items():
-        if name not in known:
-            arguments.unknown_argument(name, value, known, {"max_tokens": "max_spent_tokens", "retries": "max_retries"})
-        if value is None and name not in ("requests_per_second", "max_requests", "max_spent_tokens"):
-            raise InvalidArgumentError(name, value, "must be a number")
-        if value is None:
-            continue
-        if name in ("timeout", "backoff", "max_wait", "requests_per_second"):
-            arguments.real(name, value, 0.0, above_low=name not in ("backoff", "max_wait"))
-        else:
-            arguments.integer(name, value, 0 if name == "max_retries" else 1)
-    return Limits(**limits)
