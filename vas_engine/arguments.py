@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 from vas_engine.errors import InvalidArgumentError, nearest
 
 T = TypeVar("T", bound=Callable[..., Any])
+C = TypeVar("C")
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -92,6 +93,15 @@ def choice(name: str, value: object, options: Collection[str]) -> str:
         hint = f" ({nearest(value, options)})" if isinstance(value, str) else ""
         raise InvalidArgumentError(name, value, f"must be one of {listed}{hint}")
     return value
+
+
+def for_each(name: str, given: object, count: int, check: Callable[[str, object], C]) -> list[C]:
+    """One value for all of `count` prompts, or a list or tuple with one for each; `check` takes names and values."""
+    if not isinstance(given, list | tuple):
+        return [check(name, given)] * count
+    if len(given) != count:
+        raise InvalidArgumentError(name, f"[{len(given)} entries]", f"give one for all prompts, or {count}")
+    return [check(f"{name}[{index}]", item) for index, item in enumerate(given)]
 
 
 def size_in_bytes(name: str, value: object, least: int = 1) -> int:

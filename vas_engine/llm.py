@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from vas_engine.interrupt import deferred_interrupt
 from vas_engine.model import ranks
 from vas_engine.model.lm import CausalLM
 from vas_engine.outputs import CompletionOutput, RequestOutput
-from vas_engine.params import SamplingParams
+from vas_engine.params import SamplingParams, read_params
 from vas_engine.prompts import Prompt, read_prompts
 from vas_engine.sampling import fork_seed
 from vas_engine.tokenizer import load_tokenizer, render_chat
@@ -252,9 +252,8 @@ class LLM:
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
         read = read_prompts(prompts)
-        given = SamplingParams() if sampling_params is None else sampling_params
-        params = _for_each("sampling_params", given, len(read), _check_params)
-        priorities = _for_each("priority", priority, len(read), _check_priority)
+        params = read_params(sampling_params, len(read))
+        priorities = arguments.for_each("priority", priority, len(read), _check_priority)
         outputs = self._run(list(zip(read, params, priorities, strict=True)), use_tqdm, lenient=on_error == "return")
         if on_error == "raise":
             _raise_first(outputs)
@@ -308,7 +307,7 @@ class LLM:
         read = read_prompts(prompt)
         if len(read) != 1:
             raise InvalidArgumentError("prompt", prompt, "stream takes one prompt; use generate for several")
-        params = _check_params("sampling_params", SamplingParams() if sampling_params is None else sampling_params)
+        [params] = read_params(sampling_params, 1)
         return self._stream(read[0], params, _check_priority("priority", priority))
 
     def _stream(self, prompt: Prompt, params: SamplingParams, priority: int) -> Iterator[RequestOutput]:
@@ -426,22 +425,7 @@ def _read_values(values: Any) -> dict[str, Any]:
     return dict(values)
 
 
-def _for_each(name: str, given: Any, count: int, check: Callable[[str, Any], Any]) -> list[Any]:
-    """One value for all prompts, or a list with one for each."""
-    if not isinstance(given, list | tuple):
-        return [check(name, given)] * count
-    if len(given) != count:
-        raise InvalidArgumentError(name, f"[{len(given)} entries]", f"give one for all prompts, or {count}")
-    return [check(f"{name}[{index}]", item) for index, item in enumerate(given)]
-
-
-def _check_params(name: str, value: Any) -> SamplingParams:
-    if not isinstance(value, SamplingParams):
-        raise InvalidArgumentError(name, value, "must be SamplingParams(...)")
-    return value
-
-
-def _check_priority(name: str, value: Any) -> int:
+def _check_priority(name: str, value: object) -> int:
     return arguments.integer(name, value, -(2**31), 2**31)
 
 

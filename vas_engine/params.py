@@ -167,6 +167,21 @@ class SamplingParams:
                     raise InvalidArgumentError(name, token, fix)
 
 
+def read_params(given: object, count: int) -> list[SamplingParams]:
+    """What `sampling_params` means for `count` prompts: one for all of them (None is the default), or one for each.
+
+    Raises:
+        InvalidArgumentError: something else.
+    """
+    return arguments.for_each("sampling_params", SamplingParams() if given is None else given, count, _params)
+
+
+def _params(name: str, value: object) -> SamplingParams:
+    if not isinstance(value, SamplingParams):
+        raise InvalidArgumentError(name, value, "must be SamplingParams(...)")
+    return value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)

@@ -695,6 +695,8 @@ def test_what_an_endpoint_cannot_do_is_named_before_any_request(world, options: 
 def test_no_parameters_at_all_are_not_the_default_ones(world) -> None:
     with pytest.raises(InvalidArgumentError, match="give one for all prompts, or 2"):
         remote(world, "http://127.0.0.1:9/v1").generate(PROMPTS[:2], [])
+    with pytest.raises(InvalidArgumentError, match=r"sampling_params\[1\]=3: must be SamplingParams"):
+        remote(world, "http://127.0.0.1:9/v1").generate(PROMPTS[:2], [PARAMS, 3])
 
 
 def test_values_that_cannot_serve_are_named(world, tmp_path) -> None:
@@ -719,7 +721,13 @@ def test_values_that_cannot_serve_are_named(world, tmp_path) -> None:
         assert key not in str(raised.value)
     with pytest.raises(InvalidArgumentError, match="did you mean 'max_requests'"):
         RemoteLLM("http://localhost/v1", "tiny", max_request=4)
-    for limit in ({"timeout": 0}, {"max_retries": -1}, {"concurrency": 0}, {"requests_per_second": 0}, {"max_wait": None}):
+    for limit in (
+        {"timeout": 0},
+        {"max_retries": -1},
+        {"concurrency": 0},
+        {"requests_per_second": 0},
+        {"max_wait": None},
+    ):
         with pytest.raises(InvalidArgumentError, match=f"{next(iter(limit))}={next(iter(limit.values()))}: must be"):
             RemoteLLM("http://localhost/v1", "tiny", **limit)
     RemoteLLM("http://localhost/v1", "tiny", backoff=0, max_retries=0, max_requests=None)

@@ -19,7 +19,7 @@ from vas_engine.integrations.remote.journal import Journal
 from vas_engine.integrations.remote.session import Session
 from vas_engine.integrations.remote.values import Source, TextValues
 from vas_engine.outputs import CompletionOutput, RequestOutput
-from vas_engine.params import SamplingParams
+from vas_engine.params import SamplingParams, read_params
 from vas_engine.prompts import Prompt, read_prompts
 from vas_engine.tokenizer import load_tokenizer
 
@@ -118,10 +118,7 @@ class RemoteLLM:
         """
         arguments.choice("on_error", on_error, ("raise", "return"))
         read = read_prompts(prompts)
-        given: Any = SamplingParams() if sampling_params is None else sampling_params
-        params: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(read)
-        if len(params) != len(read):
-            raise InvalidArgumentError("sampling_params", len(params), f"give one for all prompts, or {len(read)}")
+        params = read_params(sampling_params, len(read))
         for one in params:
             self.check(one)
         outputs = asyncio.run(self._generate(read, params, use_tqdm))
