@@ -21,9 +21,10 @@ from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM
 from vas_engine.integrations.remote import RemoteLLM
 from vas_engine.model import CausalLM
-from vas_engine.serving.app import State, create_app
+from vas_engine.serving.app import create_app
 from vas_engine.serving.server import Server, listen
 from vas_engine.serving.settings import Settings
+from vas_engine.serving.state import State
 from vas_engine.values.config import HeadConfig, default_config
 from vas_engine.values.network import ValueNetwork
 

@@ -31,7 +31,7 @@ from vas_engine import LLM, SamplingParams
 from vas_engine.cli import main
 from vas_engine.errors import VASError
 from vas_engine.serving import logs
-from vas_engine.serving.app import Work
+from vas_engine.serving.answer import Work
 
 ASKED = {"model": "tiny", "prompt": "Once", "seed": 5, "max_tokens": 100, "ignore_eos": True}
 JSON = {"Content-Type": "application/json"}

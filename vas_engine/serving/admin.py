@@ -18,7 +18,7 @@ from vas_engine.values.artifact import load_value
 
 if TYPE_CHECKING:
     from vas_engine.llm import LLM
-    from vas_engine.serving.app import State
+    from vas_engine.serving.state import State
 
 Name = Annotated[str, PathParameter(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_.-]+$")]
 

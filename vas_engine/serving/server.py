@@ -15,8 +15,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.serving.app import State, create_app
+from vas_engine.serving.app import create_app
 from vas_engine.serving.settings import Settings
+from vas_engine.serving.state import State
 
 if TYPE_CHECKING:
     from vas_engine.integrations.remote import RemoteLLM

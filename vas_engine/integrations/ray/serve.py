@@ -26,10 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vas_engine.arguments import unknown_argument
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.llm import LLM, MAX_NUM_SEQS
-from vas_engine.serving.app import RETRY_SECONDS, create_app
+from vas_engine.serving.app import create_app
 from vas_engine.serving.errors import error_response, overloaded, to_json
 from vas_engine.serving.security import Gate
 from vas_engine.serving.settings import Limits, Settings
+from vas_engine.serving.state import RETRY_SECONDS
 
 __all__ = ["build_openai_app"]
 
