@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import drain, engine, generate, network, tokens
-from vas_engine.engine import engine as engine_module
+from vas_engine.engine import clock as clock_module
 from vas_engine.engine.pace import Pace, first_guess, spend
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.params import SamplingParams
@@ -173,7 +173,7 @@ class Clock(Pace):
 def test_what_the_caller_does_between_steps_counts_and_idleness_does_not(lm, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound is one on the time between tokens."""
     now = 0.0
-    monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(monotonic=lambda: now))
     running = engine(lm)
     for request in ("one", "two"):
         running.pace = Clock()
@@ -211,7 +211,7 @@ def test_without_a_bound_nothing_depends_on_time(lm, monkeypatch: pytest.MonkeyP
     expected = generate(engine(lm, nets), PROMPT, params())[0]
     rng = random.Random(0)
     clock = iter(np.cumsum([rng.expovariate(0.1) for _ in range(100_000)]).tolist())
-    monkeypatch.setattr(engine_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(clock_module.time, "monotonic", lambda: next(clock))
     running = engine(lm, nets)
     for i in range(20):
         running.add_request(f"other{i}", PROMPT[: 1 + i % 7], params(seed=i))
@@ -244,7 +244,7 @@ def test_a_deadline_ends_a_request_with_what_it_has(lm, n: int) -> None:
 def test_a_request_that_is_behind_looks_at_fewer_candidates(lm) -> None:
     nets = {"v": network("reader", lm)}
     running = engine(lm, nets)
-    running._step_seconds = 1e6  # at this pace it cannot be done in time
+    running.clock.usual = 1e6  # at this pace it cannot be done in time
     running.add_request("behind", PROMPT, params(min_candidates=2), deadline=time.monotonic() + 1000)
     running.add_request("other", PROMPT, params())
     events = running.step()

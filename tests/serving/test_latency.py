@@ -12,7 +12,7 @@ from tests.serving.conftest import Served, make_llm, serving
 from tests.serving.test_faults import StepGate
 from vas_engine import LLM, SamplingParams
 from vas_engine.commands.serve import seconds
-from vas_engine.engine import engine as engine_module
+from vas_engine.engine import clock as clock_module
 from vas_engine.engine.engine import Engine
 from vas_engine.engine.event import TokenEvent
 from vas_engine.engine.pace import Pace
@@ -59,7 +59,7 @@ class Machine:
         self.events: list[TokenEvent] = []
         self._last: dict[str, float] = {}
         self._forward, self._decide = llm.lm.forward, llm.engine.guide.decide
-        monkeypatch.setattr(engine_module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(clock_module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(llm.lm, "forward", self.forward)
         monkeypatch.setattr(llm.engine.guide, "decide", self.decide)
 

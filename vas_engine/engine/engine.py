@@ -7,7 +7,6 @@ Plain decoding is guided decoding with one candidate. Every running sequence goe
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from vas_engine.engine.blocks import BlockManager
+from vas_engine.engine.clock import Clock
 from vas_engine.engine.controls import Knobs, gather, has_limits, has_penalties
 from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
 from vas_engine.engine.decode_step import Drawn
@@ -89,8 +89,7 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
         self.stats = EngineStats()
         self.pace: Pace | None = None
-        self._step_started = self._token_started = self._step_seconds = 0.0
-        self._left: float | None = None
+        self.clock = Clock()
         self._live: dict[str, list[Sequence]] = {}
         self._arrivals = 0
         self._ended: list[TokenEvent] = []
@@ -320,9 +319,7 @@ class Engine:
         """One pass: forward all planned rows, then choose a token for every sequence whose logits are at hand."""
         self._drop_retired()
         events, self._ended = self._ended, []
-        self._step_started = time.monotonic()
-        # What the caller did since the last step is part of the time between tokens, unless there were none to come.
-        self._token_started = self._step_started if self._left is None else self._left
+        self.clock.start()
         try:
             self._end_overdue(events)
             with torch.inference_mode():
@@ -330,10 +327,7 @@ class Engine:
         except BaseException:
             self._ended = events + self._ended  # what has happened is told by `recover`, or the next step
             raise
-        now = time.monotonic()
-        if worked:
-            self._step_seconds += 0.1 * (now - self._token_started - self._step_seconds)
-        self._left = now if worked and self.has_unfinished else None
+        self.clock.stop(worked, self.has_unfinished)
         return events
 
     def _plan_and_run(self, events: list[TokenEvent]) -> bool:
@@ -348,8 +342,7 @@ class Engine:
         return bool(plan.works)
 
     def _end_overdue(self, events: list[TokenEvent]) -> None:
-        late = [s for s in self._sequences() if s.deadline is not None and s.deadline <= self._step_started]
-        for sequence in late:
+        for sequence in filter(self.clock.is_overdue, self._sequences()):
             events += self._end(sequence, finish_reason="length", overdue=True)
 
     def _prompt_rows(self, pace: Pace) -> int:
@@ -408,14 +401,14 @@ class Engine:
             (located,) = to_device([places], self.lm.device)
             self._choose(ready, places, self.lm.logits(forward.last_hidden[located]), hidden, events)
         if self.pace is not None:
-            seconds = time.monotonic() - self._token_started
-            self.pace.observe(len(rows), int(rows.prefix_lens.sum()), self.stats.value_rows - scored, seconds)
+            context = int(rows.prefix_lens.sum())
+            self.pace.observe(len(rows), context, self.stats.value_rows - scored, self.clock.elapsed)
 
     def _obstacle(self, works: list[Work]) -> str | None:
         """Why this step cannot be a graph from end to end; None if it can."""
         if self.graphs is None:
             return "no graphs"
-        if self.pace is not None or any(self._is_behind(work.sequence) for work in works):
+        if self.pace is not None or any(self.clock.is_behind(work.sequence) for work in works):
             return "a bound on latency"
         return self.graphs.obstacle(works)
 
@@ -442,7 +435,11 @@ class Engine:
     def _follow(self, flight: Flight) -> list[Work] | None:
         """What the step behind one that is not read yet does; None or nothing: read that first."""
         running = [work.sequence for work in flight.works if work.sequence.is_running]
-        if self.scheduler.num_running > len(running) or self.pace is not None or any(map(self._is_behind, running)):
+        if (
+            self.scheduler.num_running > len(running)
+            or self.pace is not None
+            or any(map(self.clock.is_behind, running))
+        ):
             return None
         # What ends for another reason than its length ends a step late; the row it has there is nobody's.
         return self.scheduler.follow([s for s in running if not self._is_last(s, len(s.token_ids) + 1)])
@@ -625,7 +622,7 @@ class Engine:
 
     def _afford(self, users: list[Sequence], selection: Selection, needed: np.ndarray) -> np.ndarray:
         """Of the columns that are worth scoring those that there is time for."""
-        hurried = np.array([self._is_behind(s) for s in users])
+        hurried = np.array([self.clock.is_behind(s) for s in users])
         if self.pace is None and not hurried.any():
             return needed
         least = floors(users, needed.shape[1])
@@ -633,18 +630,10 @@ class Engine:
         if hurried.any():
             kept[hurried] = spend(selection.pick(np.flatnonzero(hurried)), needed[hurried], least[hurried], 0)
         if self.pace is not None:
-            room = self.pace.candidates(time.monotonic() - self._token_started)
+            room = self.pace.candidates(self.clock.elapsed)
             if kept.sum() > room:
                 kept = spend(selection, kept, least, room)
         return kept
-
-    def _is_behind(self, sequence: Sequence) -> bool:
-        """Whether it will not have all its tokens by its deadline if steps take what they took."""
-        most = sequence.params.max_tokens
-        if sequence.deadline is None or most is None:
-            return False
-        left = most - sequence.num_generated
-        return left * self._step_seconds > sequence.deadline - self._step_started
 
     def _advance(self, sequences: list[Sequence], move: np.ndarray, decision: Decision) -> None:
         """The winner's value becomes the state's; its K/V in the networks' scratch goes to their pages."""
