@@ -16,6 +16,9 @@ MAX_SEED = 2**64 - 1
 MAX_BIAS = 1e4
 MAX_WEIGHT = 1e30  # times a value it stays a float32
 
+GUIDANCE = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
+"""Fields of SamplingParams that say how values guide, beside their weights."""
+
 # Names that users of other libraries bring along.
 _ALIASES = {
     "best_of": "n",

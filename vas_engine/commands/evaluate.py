@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vas_engine import arguments
-from vas_engine.commands.options import add_model_options, load_llm, read_values
+from vas_engine.commands.options import add_model_options, given, load_llm, read_values
 from vas_engine.errors import InvalidArgumentError, nearest
-from vas_engine.params import MAX_SEED, SamplingParams
+from vas_engine.params import GUIDANCE, MAX_SEED, SamplingParams
 
 if TYPE_CHECKING:
     from vas_engine.evaluation.frontier import Contest, Point, Setting
@@ -38,7 +38,8 @@ GROWN = ("blockwise", "mcts")
 CANDIDATES = 20
 POOL = 1024
 """Plain responses per prompt, unless rollouts are given."""
-SETTINGS = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip", "temperature")
+SETTINGS = (*GUIDANCE, "temperature")
+"""Of vas, that options may change."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -142,7 +143,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[Any], rewards: list[Any]) 
     if args.best_of and max(args.best_of) > args.pool and not args.rollouts:
         raise InvalidArgumentError("--best-of", max(args.best_of), f"use at most --pool {args.pool}")
     params = SamplingParams(max_tokens=args.max_tokens)
-    params.replace(**_changes(args))
+    params.replace(**given(args, SETTINGS))
     values = read_values(args.value)
     if any(name in METHODS and METHODS[name].of_logs for name in args.method):
         values = with_logs(values)
@@ -233,7 +234,7 @@ def _curve(
 
     scale = contest.scales[reward]
     if method not in GROWN:
-        own = _changes(args) if method == "vas" else None
+        own = given(args, SETTINGS) if method == "vas" else None
         return contest.measure(sweep(contest.llm, method, value, reward, args.weights, scale, contest.params, own))
     label, points = _grown_label(method, value, several), []
     common = {"samples": args.samples, "seed": args.seed, "use_tqdm": True}
@@ -310,22 +311,17 @@ def _rehearse(
             label = _grown_label(method, value, len(steered) > 1)
             labels += [f"{label} {strength:g}" for strength in _strengths(args, method)]
         else:
-            own = _changes(args) if method == "vas" else None
+            own = given(args, SETTINGS) if method == "vas" else None
             settings += sweep(llm, method, value, reward, args.weights, 1.0, params, own)
     if combinations:
         values = _steering(steered)
-        settings += grid(values, combinations, dict.fromkeys(values, 1.0), params, _changes(args))
+        settings += grid(values, combinations, dict.fromkeys(values, 1.0), params, given(args, SETTINGS))
     check_settings(llm, settings)
     labels += [setting.label for setting in settings]
     for label in labels:
         if labels.count(label) > 1:
             fix = "would be measured twice; give every method, weight and policy once, a policy by a name of its own"
             raise InvalidArgumentError("label", label, fix)
-
-
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of vas that were given."""
-    return {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
 
 
 def _strengths(args: argparse.Namespace, method: str) -> list[Any]:
@@ -373,7 +369,7 @@ def _fronts(
 
     composed = list(combinations[0])
     values = _steering(steered)
-    settings = grid(values, combinations, contest.scales, contest.params, _changes(args))
+    settings = grid(values, combinations, contest.scales, contest.params, given(args, SETTINGS))
     fronts = {"composition": contest.measure(settings, together=True)}
     for n in args.best_of:
         found = [contest.best_of_n([n], setting.objective, setting.label) for setting in settings]

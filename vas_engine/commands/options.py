@@ -7,11 +7,11 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.params import SamplingParams
+from vas_engine.params import GUIDANCE, SamplingParams
 
 if TYPE_CHECKING:
     from vas_engine.integrations.remote import RemoteLLM
@@ -41,7 +41,6 @@ _API_LIMITS = (
     "max_requests",
     "max_spent_tokens",
 )
-_GUIDANCE_OPTIONS = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +174,7 @@ def load_remote(args: argparse.Namespace, url: str, model: str, other: str, body
         value_tokenizers={"": tokenizers} if isinstance(tokenizers, str) else tokenizers,
         max_model_len=args.max_model_len,
         extra_body=body,
-        **_given(args, _API_LIMITS),
+        **given(args, _API_LIMITS),
         **more,
     )
 
@@ -196,7 +195,7 @@ def load_llm(args: argparse.Namespace, values: Any = None) -> LLM:
     if getattr(args, "quiet", False) or not sys.stderr.isatty():
         logging.disable_progress_bar()
     loaded = read_values(args.value) if values is None else values
-    return LLM(args.model, loaded, tensor_parallel_size=ranks, **_given(args, _MODEL_OPTIONS))
+    return LLM(args.model, loaded, tensor_parallel_size=ranks, **given(args, _MODEL_OPTIONS))
 
 
 def _start_ranks(count: int, words: Sequence[str]) -> NoReturn:
@@ -225,8 +224,7 @@ def read_values(values: Sequence[str]) -> Any:
 
 def read_params(args: argparse.Namespace) -> SamplingParams:
     """SamplingParams from the sampling options that were given."""
-    fields = {field.name for field in dataclasses.fields(SamplingParams)} - {"logit_bias"}
-    options = _given(args, sorted(fields & vars(args).keys()))
+    options = given(args, [field.name for field in dataclasses.fields(SamplingParams) if field.name != "logit_bias"])
     if args.logit_bias:
         pairs = [_pair("--logit-bias", text, "ID=NUMBER") for text in args.logit_bias]
         options["logit_bias"] = dict(pairs)
@@ -235,14 +233,15 @@ def read_params(args: argparse.Namespace) -> SamplingParams:
 
 def read_guidance(args: argparse.Namespace) -> dict[str, Any]:
     """Those of SamplingParams' fields that say how values guide, where they were given."""
-    options = _given(args, _GUIDANCE_OPTIONS)
+    options = given(args, GUIDANCE)
     if args.weight:
         options["values"] = dict(_pair("--weight", text, "NAME=NUMBER") for text in args.weight)
     return options
 
 
-def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of some options that the command has and that were given, by name."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, float]:

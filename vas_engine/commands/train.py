@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vas_engine.commands.options import given
+
 EXAMPLES = """examples:
   vas train MODEL --rollouts runs/mood --kind reader --out values/mood
   vas train MODEL --rollouts runs/two --kind side --reward length --width 64 --out values/length
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from vas_engine.values.artifact import load_value, save_value
 
     _check_out(args)
-    config = FitConfig(**_given(args, [field.name for field in dataclasses.fields(FitConfig)]))
+    config = FitConfig(**given(args, [field.name for field in dataclasses.fields(FitConfig)]))
     rollouts = load_rollouts(args.rollouts)
     branching = _Branching(args, rollouts, config) if args.branch_points is not None else None
     tokenizer = load_tokenizer(args.model, None, None, required=branching is not None)
@@ -163,10 +165,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
-
-
 def _check_out(args: argparse.Namespace) -> None:
     from vas_engine.errors import InvalidArgumentError
     from vas_engine.training.checkpoint import CHECKPOINT_FILE
@@ -191,13 +189,13 @@ def _make_networks(args: argparse.Namespace, config: Any, rollouts: Any, lm: Any
         raise InvalidArgumentError("kind", kinds, "name each kind once")
     options: dict[str, Any] = {"distributional": args.distributional, "bounded": args.bounded, "gamma": config.gamma}
     if args.distributional:
-        options |= _given(args, ["bins"]) | {"sigma": config.spread}
+        options |= given(args, ["bins"]) | {"sigma": config.spread}
     else:
         for name in ("loss", "sigma", "bins"):
             if (value := getattr(args, name)) is not None:
                 raise InvalidArgumentError(name, value, "is for distributional heads; add --distributional")
     heads = [head_for(rollouts, reward, **options) for reward in args.reward or rollouts.reward_names]
-    sizes = _given(args, list(SIZES))
+    sizes = given(args, list(SIZES))
     return [
         make_network(
             lm,

@@ -15,7 +15,7 @@ from typing import Any
 from vas_engine.errors import InvalidArgumentError, VASError
 from vas_engine.evaluation.likelihood import likelihoods
 from vas_engine.llm import LLM
-from vas_engine.params import SamplingParams
+from vas_engine.params import GUIDANCE, SamplingParams
 
 try:
     import lm_eval.models  # noqa: F401  # the harness loads its own list only while no other model is registered
@@ -28,7 +28,6 @@ except ImportError as error:
 
 __all__ = ["GuidedLM", "main"]
 
-_GUIDANCE = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
 _logger = logging.getLogger(__name__)
 
 
@@ -70,7 +69,7 @@ class GuidedLM(TemplateLM):
         **options: Any,
     ) -> None:
         super().__init__()
-        guidance = {name: options.pop(name) for name in _GUIDANCE if name in options}
+        guidance = {name: options.pop(name) for name in GUIDANCE if name in options}
         self.guidance = SamplingParams(values=_read_weights(weights), **guidance)
         loaded = _read_values(values)
         if bool(loaded) != self.guidance.guided:

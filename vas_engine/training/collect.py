@@ -24,7 +24,7 @@ from vas_engine.errors import InvalidArgumentError, TrainingDataError
 from vas_engine.interrupt import deferred_interrupt
 from vas_engine.model.fingerprint import weights_hash
 from vas_engine.outputs import CompletionOutput, RequestOutput
-from vas_engine.params import SamplingParams
+from vas_engine.params import GUIDANCE, SamplingParams
 from vas_engine.sampling.noise import fork_seed
 from vas_engine.tokenizer import as_prompt
 from vas_engine.training.rewards import Reward, RewardError, score_all
@@ -107,8 +107,7 @@ class CollectConfig:
         return self._guidance() | {"networks": networks}
 
     def _guidance(self) -> dict[str, Any]:
-        names = ("num_candidates", "tail", "baseline", "tilt", "advantage_clip")
-        return {"values": dict(self.values)} | {name: getattr(self, name) for name in names}
+        return {"values": dict(self.values)} | {name: getattr(self, name) for name in GUIDANCE}
 
 
 def collect(

@@ -19,13 +19,13 @@ from vas_engine.integrations.remote.journal import Journal
 from vas_engine.integrations.remote.session import Session
 from vas_engine.integrations.remote.values import Source, TextValues
 from vas_engine.outputs import CompletionOutput, RequestOutput
-from vas_engine.params import SamplingParams, read_params
+from vas_engine.params import GUIDANCE, SamplingParams, read_params
 from vas_engine.prompts import Prompt, read_prompts
 from vas_engine.tokenizer import load_tokenizer
 
 # Fields of SamplingParams that mean something here; the rest shape the base distribution inside the endpoint's model.
 _SHAPE = ("n", "temperature", "seed", "max_tokens", "stop", "include_stop_str_in_output", "prune", "report_kl")
-_USED = {*_SHAPE, "logprobs", "values", "num_candidates", "tail", "baseline", "tilt", "advantage_clip"}
+_USED = {*_SHAPE, "logprobs", "values", *GUIDANCE}
 
 
 class RemoteLLM:
