@@ -29,10 +29,10 @@ def test_taken_apart_and_put_together_again(seed):
     whole = select(*random_batch(seed))
     lines = [whole.pick(slice(i, i + 1), int(count)) for i, count in enumerate(whole.count)]
     width = whole.token_ids.shape[1]
-    assert_same(Selection.stack(lines).widen(width), whole, tolerance=0)
+    assert_same(Selection.stack(lines, width), whole, tolerance=0)
     assert Selection.stack(lines).token_ids.shape[1] == max(line.token_ids.shape[1] for line in lines)
     order = np.arange(len(lines))[::-1]
-    assert_same(Selection.stack([lines[i] for i in order]).widen(width), whole.pick(order), tolerance=0)
+    assert_same(Selection.stack([lines[i] for i in order], width), whole.pick(order), tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])

@@ -484,13 +484,13 @@ class LookaheadStep(GuidedStep):
         """Candidates stand behind the last token; the host brings those that it knows of."""
         super()._fill(sequences, ahead + 1)
         host = self.inputs.host
+        known = None if ahead or not sequences else Selection.stack([s.selection for s in sequences])
         for lines, words in ((host["wide"], _WIDE), (host["narrow"], _NARROW)):
             for line, (name, nothing) in zip(lines, words.items(), strict=True):
                 line[:] = nothing
-                for i, sequence in enumerate(sequences if not ahead else ()):
-                    found = getattr(sequence.selection, name)[0]
-                    place = (i, slice(found.size)) if found.ndim else i
-                    line[place] = found.view(np.int64) if found.itemsize == 8 else found
+                if known is not None:
+                    found = getattr(known, name)
+                    line[tuple(map(slice, found.shape))] = found.view(np.int64) if found.itemsize == 8 else found
 
     def _fill_settings(self, sequences: Seq[Sequence], ahead: int) -> None:
         super()._fill_settings(sequences, ahead)

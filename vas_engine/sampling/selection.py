@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from vas_engine.sampling.backend import extension, resolve_backend
 
 # How the extension is told what the 16-bit words of a row mean.
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What stands in columns that are not in use, by field.
+_UNUSED = {"token_ids": -1, "log_probs": -np.inf, "noise": 0.0}
 
 
 @dataclass
@@ -55,25 +58,26 @@ class Selection:
         """The lines of some sequences (int64 or bool [n], or a slice), of the first `width` columns; None: of all."""
         return Selection(*(each[index, :width] if each.ndim == 2 else each[index] for each in vars(self).values()))
 
-    def widen(self, width: int) -> Selection:
-        """The same in at least `width` columns; those that are new are not in use."""
-        there = self.token_ids.shape[1]
-        if there >= width:
-            return self
-        new = ((0, 0), (0, width - there))
-        return replace(
-            self,
-            token_ids=np.pad(self.token_ids, new, constant_values=-1),
-            log_probs=np.pad(self.log_probs, new, constant_values=-np.inf),
-            noise=np.pad(self.noise, new),
-        )
-
     @classmethod
-    def stack(cls, parts: Sequence[Selection]) -> Selection:
-        """Selections of different sequences, at least one, as one that is as wide as the widest."""
-        width = max(part.token_ids.shape[1] for part in parts)
-        lines = zip(*(vars(part.widen(width)).values() for part in parts), strict=True)
-        return cls(*map(np.concatenate, lines))
+    def stack(cls, parts: Sequence[Selection], width: int = 0) -> Selection:
+        """Selections of different sequences as one, as wide as the widest of them and at least `width`.
+
+        Columns that a part lacks are not in use.
+        """
+        width = max(width, *(part.token_ids.shape[1] for part in parts))
+
+        def joined(name: str) -> np.ndarray:
+            fields = [getattr(part, name) for part in parts]
+            if name not in _UNUSED:
+                return np.concatenate(fields)
+            lines = np.full((sum(map(len, fields)), width), _UNUSED[name], fields[0].dtype)
+            start = 0
+            for field in fields:
+                lines[start : start + len(field), : field.shape[1]] = field
+                start += len(field)
+            return lines
+
+        return cls(*(joined(field.name) for field in dataclasses.fields(cls)))
 
 
 def select(logits: torch.Tensor, rows: np.ndarray, arrays: SamplingArrays, backend: str = "auto") -> Selection:
@@ -144,7 +148,7 @@ def select_on_device(
         top_p=top_p.view(np.float64),
         min_p=min_p.view(np.float64),
     )
-    found = select(logits, np.ascontiguousarray(rows), arrays, backend).widen(width)
+    found = Selection.stack([select(logits, np.ascontiguousarray(rows), arrays, backend)], width)
     return reference.SelectionTensors(*(torch.from_numpy(field).to(logits.device) for field in vars(found).values()))
 
 
