@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vas_engine import arguments
 from vas_engine.commands.options import add_model_options, load_llm
 from vas_engine.errors import InvalidArgumentError, VASError, nearest
 
@@ -75,8 +76,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     for name in ("new_tokens", "rounds"):
-        if getattr(args, name) < 1:
-            raise InvalidArgumentError(f"--{name.replace('_', '-')}", getattr(args, name), "must be at least 1")
+        arguments.integer(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     report = predict(args) if args.predict else measure(args)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
 

@@ -154,8 +154,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(name, getattr(self, name), "use a positive integer")
+            arguments.integer(name, getattr(self, name), 1)
         if self.dtype not in BYTES:
             raise InvalidArgumentError("dtype", self.dtype, nearest(self.dtype, BYTES))
 
@@ -357,11 +356,9 @@ def step_work(
         candidates: of a guided request.
         prefill: tokens of a new prompt that the step takes in besides.
     """
-    for name, number, least in (("batch", batch, 1), ("context", context, 0), ("candidates", candidates, 1)):
-        if number < least:
-            raise InvalidArgumentError(name, number, f"use a number of at least {least}")
-    if prefill < 0:
-        raise InvalidArgumentError("prefill", prefill, "use a number of at least 0")
+    for name, number, least in (("batch", batch, 1), ("candidates", candidates, 1), ("prefill", prefill, 0)):
+        arguments.integer(name, number, least)
+    arguments.real("context", context, 0.0)
     scored = batch * (candidates + 1)
     lookahead = any(network.lookahead for network in networks)
     decoded = scored if lookahead else batch

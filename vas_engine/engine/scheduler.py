@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
 
+from vas_engine import arguments
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.sequence import Sequence, SequenceStatus
 from vas_engine.errors import InvalidArgumentError, KVCacheError
@@ -79,8 +80,7 @@ class Scheduler:
             ("max_num_batched_tokens", max_num_batched_tokens),
             ("max_model_len", max_model_len),
         ):
-            if value < 1:
-                raise InvalidArgumentError(name, value, "must be at least 1")
+            arguments.integer(name, value, 1)
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens

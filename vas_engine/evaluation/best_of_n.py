@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError
 from vas_engine.evaluation.estimate import Estimate, estimate_mean
 
@@ -74,6 +75,5 @@ def best_of_n_kl_bound(n: int) -> float:
     It is the divergence where all rewards differ and no response is likely (Beirami et al. 2024); else the
     true one is smaller. So it is never a measurement.
     """
-    if n < 1:
-        raise InvalidArgumentError("n", n, "use a positive integer")
+    arguments.integer("n", n, 1)
     return math.log(n) - (n - 1) / n

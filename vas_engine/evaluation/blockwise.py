@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from vas_engine.errors import InvalidArgumentError
+from vas_engine import arguments
 from vas_engine.evaluation.best_of_n import best_of_n_kl_bound
 from vas_engine.evaluation.growing import Growing, finished_run, plant
 from vas_engine.evaluation.measure import Meter, Run
@@ -48,8 +48,7 @@ def blockwise(
         InvalidArgumentError: fewer than one block or token, or values that are not loaded.
     """
     for name, number in (("blocks", blocks), ("block_tokens", block_tokens)):
-        if number < 1:
-            raise InvalidArgumentError(name, number, "use a positive integer")
+        arguments.integer(name, number, 1)
     longest = params.max_tokens or llm.max_model_len
     responses = plant(llm, prompts, samples, seed)
     # A weight of 0 has the value computed and steers nothing: one row of the network a token.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from vas_engine import arguments
 from vas_engine.errors import InvalidArgumentError, nearest
 from vas_engine.evaluation.best_of_n import best_of_n_kl_bound, selection_weights
 from vas_engine.evaluation.estimate import Estimate, estimate_mean
@@ -135,8 +136,7 @@ class Contest:
         if not rewards:
             raise InvalidArgumentError("rewards", [], "give at least one")
         for name, count in (("samples", samples), ("pool", pool)):
-            if count < 1:
-                raise InvalidArgumentError(name, count, "use a positive integer")
+            arguments.integer(name, count, 1)
         self.llm, self.prompts, self.rewards, self.params = llm, list(prompts), list(rewards), base
         self.samples, self.seed, self.use_tqdm = samples, seed, use_tqdm
         self.runs: dict[str, Run] = {}

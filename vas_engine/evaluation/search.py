@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from vas_engine.errors import InvalidArgumentError
+from vas_engine import arguments
 from vas_engine.evaluation.growing import Growing, finished_run, plant
 from vas_engine.evaluation.measure import Meter, Run
 from vas_engine.outputs import RequestOutput
@@ -132,8 +132,7 @@ def tree_search(
     Raises:
         InvalidArgumentError: fewer than one simulation, or values that are not loaded.
     """
-    if simulations < 1:
-        raise InvalidArgumentError("simulations", simulations, "use a positive integer")
+    arguments.integer("simulations", simulations, 1)
     ends = frozenset() if params.ignore_eos else frozenset(llm.lm.eos_token_ids)
     asked = params.replace(
         max_tokens=1,

@@ -63,7 +63,7 @@ class FrozenBase:
             TrainingDataError: they are not those of the rollouts.
         """
         for index, (state, rollout) in enumerate(zip(states, rollouts, strict=True)):
-            wanted = (len(rollout.prompt_ids) + len(rollout.response_ids), self._lm.hidden_size)
+            wanted = (rollout.length, self._lm.hidden_size)
             if state.shape != wanted:
                 raise TrainingDataError(
                     f"the hidden states saved for rollout {index} are {list(state.shape)}, not {list(wanted)}: collect "
@@ -76,7 +76,7 @@ class FrozenBase:
     @torch.no_grad()
     def keep(self, rollouts: Rollouts, batch_tokens: int, memory: int, use_tqdm: bool = True) -> None:
         """Run the model over all rollouts now and keep what is read, if that fits into ``memory`` bytes."""
-        lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+        lengths = [rollout.length for rollout in rollouts]
         if self.source != "model" or sum(lengths) * self._token_bytes() > memory:
             return
         count = len(rollouts)

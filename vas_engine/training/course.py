@@ -51,7 +51,7 @@ class Course:
         self.base, self.rollouts, self.config = base, rollouts, config
         self.train, self.heldout = train, heldout
         self.trainees, self.teacher, self.checkpoint = trainees, teacher, checkpoint
-        self.lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+        self.lengths = [rollout.length for rollout in rollouts]
         generator = torch.Generator().manual_seed(config.seed)
         self.plans = [plan_batches(self.lengths, train, config.batch_tokens, generator) for _ in range(config.epochs)]
         self.heldout_plan = plan_batches(self.lengths, heldout, config.batch_tokens)

@@ -69,6 +69,11 @@ class Rollout:
     log_ratio: float | None = None
     log_ratios: list[float] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class Header:
