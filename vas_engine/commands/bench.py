@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     llm = load_llm(args)
     predicting: tuple[Shape, Device] | None = None
     if args.gpu is not None:
-        shape = cost.Shape.of(llm.lm, str(llm.lm.dtype).removeprefix("torch."))
+        shape = cost.Shape.of(llm.lm)
         predicting = (shape, read_device(args, shape.dtype))
     rows = []
     for batch, context in itertools.product(args.batch, args.context):
@@ -224,7 +224,7 @@ def _backbone(scorer: Any) -> Shape | None:
     from vas_engine.engine.cost import Shape
 
     found = getattr(scorer, "lm_of_values", None)
-    return None if found is None else Shape.of(found, str(found.dtype).removeprefix("torch."))
+    return None if found is None else Shape.of(found)
 
 
 def room(context: int, steps: int, batch: int) -> int:

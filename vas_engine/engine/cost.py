@@ -159,17 +159,18 @@ class Shape:
             raise InvalidArgumentError("dtype", self.dtype, nearest(self.dtype, BYTES))
 
     @classmethod
-    def of(cls, config: Any, dtype: str | None = None) -> Shape:
-        """From a Hugging Face config (or anything with a `config`, such as a CausalLM or a transformers model).
+    def of(cls, model: Any, dtype: str | None = None) -> Shape:
+        """From a Hugging Face config, or from a model: a CausalLM, or transformers' own.
 
         Args:
-            dtype: in place of the config's own (float32 where it names none).
+            dtype: in place of the model's, or the config's (float32 where it names none).
 
         Raises:
             InvalidArgumentError: a family whose parameters this module does not know how to count.
         """
-        config = getattr(config, "config", config)
+        config = getattr(model, "config", model)
         config = getattr(config, "get_text_config", lambda: config)()
+        own = getattr(model if hasattr(model, "config") else config, "dtype", None)
         kind = getattr(config, "model_type", None)
         if kind not in _FAMILIES:
             known = ", ".join(_FAMILIES)
@@ -189,7 +190,7 @@ class Shape:
             mlp=config.intermediate_size,
             vocab=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
-            dtype=dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+            dtype=dtype or str(own or "float32").removeprefix("torch."),
             norms=norms,
             head_norms=head_norms,
             qkv_bias=qkv_bias,

@@ -141,7 +141,7 @@ def floors(sequences: Seq[Sequence], width: int) -> np.ndarray:
 def first_guess(lm: CausalLM, scorers: Seq) -> tuple[float, float, float, float]:
     """Parts of a step by the cost model, on the nominal machine: fixed, per row, per token read, per candidate."""
     try:
-        shape = cost.Shape.of(lm, str(lm.dtype).removeprefix("torch."))
+        shape = cost.Shape.of(lm)
         networks = [cost.Network(scorer.config) for scorer in scorers if scorer.config.kind != "model"]
 
         def seconds(batch: int, context: float, candidates: int = 1) -> float:
