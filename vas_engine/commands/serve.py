@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from vas_engine.commands.options import add_api_options, add_model_options, load_llm, load_remote
+from vas_engine.commands.options import add_api_options, add_model_options, given, load_llm, load_remote
 from vas_engine.errors import InvalidArgumentError
 
 _EPILOG = """\
@@ -30,6 +29,8 @@ examples:
 On SIGTERM or Ctrl-C what was accepted is finished and new requests get 503; a second one does not wait.
 """
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LIMITS = {"max_body": "body_bytes", "max_n": "n", "max_candidates": "candidates", "max_logprobs": "logprobs"}
+"""Options, and what the server's limits call them."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -115,9 +116,9 @@ def _load_remote(args: argparse.Namespace) -> Any:
             raise InvalidArgumentError("MODEL", None, "give a folder or hub name, or --upstream URL")
         return None
     for name in ("model", "itl_slo", "values_dir", "salt_per_key"):
-        if given := getattr(args, name):
+        if value := getattr(args, name):
             option = "MODEL" if name == "model" else "--" + name.replace("_", "-")
-            raise InvalidArgumentError(option, given, "not with --upstream")
+            raise InvalidArgumentError(option, value, "not with --upstream")
     key = None
     if args.upstream_key_env is not None:
         key = os.environ.get(args.upstream_key_env)
@@ -147,22 +148,11 @@ def read_settings(args: argparse.Namespace) -> Any:
     """Settings from the options that were given."""
     from vas_engine.serving.settings import Limits, Settings
 
-    given = {
-        "body_bytes": args.max_body,
-        "n": args.max_n,
-        "candidates": args.max_candidates,
-        "logprobs": args.max_logprobs,
-    }
-    times = {
-        name: getattr(args, name) for name in ("request_timeout", "write_timeout", "drain_timeout", "step_timeout")
-    }
-    for name in ("max_body", "max_n", "max_candidates", "max_logprobs", "max_waiting", *times):
-        number = getattr(args, name)
-        if number is not None and number <= 0:
+    limits = given(args, LIMITS)
+    options = given(args, ("max_waiting", "request_timeout", "write_timeout", "drain_timeout", "step_timeout"))
+    for name, number in {**limits, **options}.items():
+        if number <= 0:
             raise InvalidArgumentError("--" + name.replace("_", "-"), number, "must be above 0")
-    options = {
-        name: seconds for name, seconds in {**times, "max_waiting": args.max_waiting}.items() if seconds is not None
-    }
     return Settings(
         itl_slo=args.itl_slo,
         model_name=args.served_model_name or args.model,
@@ -173,7 +163,7 @@ def read_settings(args: argparse.Namespace) -> Any:
         profiles=None if args.profiles is None else Path(args.profiles),
         values_dir=None if args.values_dir is None else _folder("--values-dir", args.values_dir),
         salt_per_key=args.salt_per_key,
-        limits=dataclasses.replace(Limits(), **{name: number for name, number in given.items() if number is not None}),
+        limits=Limits(**{LIMITS[name]: number for name, number in limits.items()}),
         **options,
     )
 
