@@ -34,7 +34,7 @@ from vas_engine.model.cache import KVCache
 from vas_engine.model.graphs import Graphs
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
-from vas_engine.sampling import Selection, fork_seed, prune, select
+from vas_engine.sampling import Selection, fork_seed, select
 from vas_engine.values.scorer import Scorer
 
 
@@ -583,7 +583,8 @@ class Engine:
         if guided.any():
             users = [s for s in sequences if s.networks]
             part = selection.pick(np.flatnonzero(guided)) if not guided.all() else selection
-            needed[guided] = wanted = self._needed(users, part, after is not None)
+            # Candidates that have been through the model are scored in any case: there is nothing left to spare.
+            needed[guided] = wanted = self.guide.needed(users, part) if after is None else part.filled
             self.stats.pruned_rows += int(part.count.sum() - wanted.sum())
             if after is None:
                 needed[guided] = self._afford(users, part, wanted)
@@ -592,7 +593,7 @@ class Engine:
         self.stats.value_rows += int(evaluated.sum())
         decision = self.guide.decide(sequences, selection, needed, before, after)
         winners, fine = decision.winners, decision.fine
-        self._advance(sequences, guided & fine, decision)
+        self.guide.advance(sequences, guided & fine, decision)
         self._drop_failed(sequences, fine, "values", events)
         result = np.where(fine, winners.column, -1)
         for i, sequence in enumerate(sequences):
@@ -612,14 +613,6 @@ class Engine:
             if sequence.networks and len(sequence.token_ids) == sequence.prompt_len:
                 sequence.prompt_values = sequence.state_values
 
-    def _needed(self, users: list[Sequence], selection: Selection, lookahead: bool) -> np.ndarray:
-        if lookahead:
-            # Their candidates have been through the model already: there is nothing left to spare.
-            return selection.filled
-        low, high = self.guide.tilt_bounds(users)
-        margin = 1e-5 * (1.0 + np.abs(low) + np.abs(high))  # bounds are exact, float32 tilts are not
-        return prune(selection, low - margin, high + margin, np.array([s.all_needed for s in users]))
-
     def _afford(self, users: list[Sequence], selection: Selection, needed: np.ndarray) -> np.ndarray:
         """Of the columns that are worth scoring those that there is time for."""
         hurried = np.array([self.clock.is_behind(s) for s in users])
@@ -634,24 +627,6 @@ class Engine:
             if kept.sum() > room:
                 kept = spend(selection, kept, least, room)
         return kept
-
-    def _advance(self, sequences: list[Sequence], move: np.ndarray, decision: Decision) -> None:
-        """The winner's value becomes the state's; its K/V in the networks' scratch goes to their pages."""
-        row = decision.place[np.arange(len(sequences)), decision.winners.column]
-        for i in np.flatnonzero(move):
-            sequences[i].state_values = decision.values[row[i]]
-            sequences[i].utilities = decision.utilities[row[i]]
-            sequences[i].filled = len(sequences[i].token_ids) + 1
-        arrays = []
-        for _, number in decision.scratch:
-            used = [i for i in np.flatnonzero(move) if number[row[i]] >= 0]
-            slots = [slot(sequences[i], len(sequences[i].token_ids), self.block_size) for i in used]
-            arrays += [number[row[used]], np.array(slots, np.int64)]
-        moved = iter(to_device(arrays, self.lm.device))
-        for network, _ in decision.scratch:
-            winners, targets = next(moved), next(moved)
-            if len(winners):
-                network.scorer.commit(winners, targets)
 
     def _accept(self, sequence: Sequence, winners, i: int, events: list[TokenEvent], **fields) -> TokenEvent:
         """Append a winner; its event, with what only the caller knows of it, is there before the sequence goes."""

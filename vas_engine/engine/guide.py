@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vas_engine.engine.rows import Rows, group_offsets, unslotted
+from vas_engine.engine.rows import Rows, group_offsets, slot, unslotted
 from vas_engine.engine.sequence import Sequence
 from vas_engine.kernels import function
 from vas_engine.kernels.reference import SelectionTensors, ValueSettings
@@ -18,7 +18,7 @@ from vas_engine.kernels.transfer import to_device, to_host
 from vas_engine.model.backend import launches
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
-from vas_engine.sampling import Selection, Winners, choose, value_tilt
+from vas_engine.sampling import Selection, Winners, choose, prune, value_tilt
 from vas_engine.values.config import HeadConfig
 from vas_engine.values.scorer import Scorer, check_tilt, value_heads
 
@@ -287,6 +287,12 @@ class Guide:
 
     # -- candidates ------------------------------------------------------------------------------------------
 
+    def needed(self, sequences: Seq[Sequence], selection: Selection) -> np.ndarray:
+        """Columns that have to be scored, bool [S, W]: the others cannot win (see `prune`)."""
+        low, high = self._tilt_bounds(sequences)
+        margin = 1e-5 * (1.0 + np.abs(low) + np.abs(high))  # bounds are exact, float32 tilts are not
+        return prune(selection, low - margin, high + margin, np.array([s.all_needed for s in sequences]))
+
     def decide(
         self,
         sequences: Seq[Sequence],
@@ -319,6 +325,32 @@ class Guide:
         conclude = self._fused if self.fuses and scored else self._composed
         winners, tilt, fine, values, utilities = conclude(sequences, selection, scored, owner, column, tilt)
         return Decision(winners, tilt, fine, place, values, utilities, scratch)
+
+    def advance(self, sequences: Seq[Sequence], move: np.ndarray, decision: Decision) -> None:
+        """The winners' values become those of the states, and their K/V go from the networks' scratch to their pages.
+
+        Args:
+            sequences: as decided on; the winners are not appended yet.
+            move: bool [S], those that go on.
+        """
+        row = decision.place[np.arange(len(sequences)), decision.winners.column]
+        moving = np.flatnonzero(move).tolist()
+        for i in moving:
+            sequences[i].state_values = decision.values[row[i]]
+            sequences[i].utilities = decision.utilities[row[i]]
+            sequences[i].filled = len(sequences[i].token_ids) + 1
+        arrays = []
+        for network, number in decision.scratch:
+            cache = network.scorer.cache
+            assert cache is not None
+            used = [i for i in moving if number[row[i]] >= 0]
+            slots = [slot(sequences[i], len(sequences[i].token_ids), cache.block_size) for i in used]
+            arrays += [number[row[used]], np.array(slots, np.int64)]
+        moved = iter(to_device(arrays, self.lm.device))
+        for network, _ in decision.scratch:
+            winners, targets = next(moved), next(moved)
+            if len(winners):
+                network.scorer.commit(winners, targets)
 
     def _score(
         self,
@@ -451,7 +483,7 @@ class Guide:
                 means[i] = sequence.params.baseline == "candidate-mean"
         return Asked(weights, limits, baselines, np.array([s.optimal for s in sequences], bool), means)
 
-    def tilt_bounds(self, sequences: Seq[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    def _tilt_bounds(self, sequences: Seq[Sequence]) -> tuple[np.ndarray, np.ndarray]:
         """What T(s, a) of any candidate is known to lie in before it is scored: float64 [S], [S]."""
         weights = np.stack([s.weights for s in sequences]).astype(np.float64)
         limits = np.stack([s.limits for s in sequences])
