@@ -352,6 +352,7 @@ class Engine:
         return pace.prompt_rows(len(decoding), sum(len(s.token_ids) for s in decoding), floor)
 
     def _run(self, planned: list[Work], events: list[TokenEvent]) -> None:
+        """Does what was planned: as graphs, read later, where that can be, else here and now."""
         obstacle = self._obstacle(planned)
         if obstacle is None:
             self._flight = self._launch(planned)
@@ -360,6 +361,14 @@ class Engine:
             return
         if self.graphs is not None:
             self.stats.obstacles[obstacle] = self.stats.obstacles.get(obstacle, 0) + 1
+        self._run_now(planned, events)
+
+    def _run_now(self, planned: list[Work], events: list[TokenEvent]) -> None:
+        """The base model over all rows, the networks over what is new to them, a token where there are logits."""
+        for work in planned:
+            if work.sequence.networks and not work.is_candidates:
+                # A hit in the prefix cache brings the networks' own pages along.
+                work.sequence.filled = max(work.sequence.filled, work.start)
         warm = {i for i, work in enumerate(planned) if _needs_warm_row(work)}
         works, rows = pack(planned, warm, self.block_size)
         scored = self.stats.value_rows
@@ -758,10 +767,10 @@ class Engine:
 
 
 def _needs_warm_row(work: Work) -> bool:
+    """Whether the row before a chunk is run once more for its hidden state, which nobody has kept (see `pack`)."""
     sequence = work.sequence
     if work.is_candidates or not sequence.networks or sequence.filled > work.start:
         return False
-    sequence.filled = work.start  # a prefix-cache hit brings the networks' own pages along
     return sequence.reads_before and sequence.carry is None and work.start > 0
 
 
