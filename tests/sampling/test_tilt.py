@@ -5,7 +5,7 @@ from batches import random_batch, seeds
 from hypothesis import given, settings
 
 from vas_engine.errors import InvalidArgumentError
-from vas_engine.sampling import SamplingArrays, choose, prune, select, value_tilt
+from vas_engine.sampling import SamplingArrays, choose, prune, select, tilt_limits, value_tilt
 
 BACKENDS = ["cpp", "reference"]
 
@@ -29,6 +29,12 @@ def test_value_tilt_is_the_sum_of_clipped_advantages(backend):
     again = value_tilt(utilities, baselines, limits, owner, backend)
     assert np.isnan(again[7])
     assert np.isfinite(np.delete(again, 7)).all()
+
+
+def test_limits_are_the_weights_times_the_clip():
+    weights = np.array([[2.0, 0.0, -0.5]], np.float32)
+    np.testing.assert_array_equal(tilt_limits(weights, None), [[np.inf, 0.0, np.inf]])
+    np.testing.assert_array_equal(tilt_limits(weights, 0.3), [[0.6, 0.0, 0.15]])
 
 
 def _bounded_tilts(seed):

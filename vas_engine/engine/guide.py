@@ -18,7 +18,7 @@ from vas_engine.kernels.transfer import to_device, to_host
 from vas_engine.model.backend import launches
 from vas_engine.model.lm import CausalLM
 from vas_engine.params import SamplingParams
-from vas_engine.sampling import Selection, Winners, choose, prune, value_tilt
+from vas_engine.sampling import Selection, Winners, choose, prune, tilt_limits, value_tilt
 from vas_engine.values.config import HeadConfig
 from vas_engine.values.scorer import Scorer, check_tilt, value_heads
 
@@ -180,11 +180,7 @@ class Guide:
         sequence.weights = weights
         sequence.networks = tuple(used)
         sequence.reports = tuple(self.value_names.index(name) for name in asked)
-        clip = np.inf if params.advantage_clip is None else params.advantage_clip
-        # 0 * inf is undefined; a value without weight moves nothing and its limit is 0.
-        limits = np.zeros(len(weights))
-        np.multiply(np.abs(weights), clip, out=limits, where=weights != 0)
-        sequence.limits = limits
+        sequence.limits = tilt_limits(weights, params.advantage_clip)
         sequence.optimal = params.tilt == "optimal"
         sequence.lookahead = any(self.networks[i].reads_after for i in used)
         sequence.reads_before = any(self.networks[i].reads_before for i in used)

@@ -15,7 +15,7 @@ from vas_engine.errors import InvalidArgumentError, NonFiniteError
 from vas_engine.model.batch import AttentionBatch
 from vas_engine.model.fingerprint import vocabulary_hash
 from vas_engine.params import SamplingParams
-from vas_engine.sampling import value_tilt
+from vas_engine.sampling import tilt_limits, value_tilt
 from vas_engine.values.artifact import load_value, read_config
 from vas_engine.values.files import read_json
 from vas_engine.values.scorer import Scorer, check_tilt, value_heads
@@ -334,9 +334,7 @@ class Values:
         for s, one in enumerate(params):
             if one.baseline == "candidate-mean":
                 base[s] = utility[firsts[s] + 1 : firsts[s] + counts[s]].mean(0)
-        clips = [np.inf if one.advantage_clip is None else one.advantage_clip for one in params]
-        limits, size = np.zeros(weights.shape), np.abs(weights.astype(np.float64))
-        np.multiply(size, np.array(clips)[:, None], out=limits, where=size != 0)
+        limits = np.stack([tilt_limits(own, one.advantage_clip) for own, one in zip(weights, params, strict=True)])
         tilt = value_tilt(utility, base, limits, owner)
         broken = np.unique(owner[~np.isfinite(utility).all(1)])
         tilt[np.isin(owner, broken)] = np.nan

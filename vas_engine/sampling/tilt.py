@@ -54,6 +54,21 @@ def value_tilt(
     return reference.value_tilt(*tensors).numpy()
 
 
+def tilt_limits(weights: np.ndarray, clip: float | None) -> np.ndarray:
+    """The largest size of each value's share of the tilt: |weight| times clip, or inf without a clip; 0 without weight.
+
+    Args:
+        weights: float [..., M].
+        clip: largest size of an advantage, in the rewards' units; None is no limit.
+
+    Returns:
+        float64 [..., M].
+    """
+    size = np.abs(weights.astype(np.float64))
+    # 0 * inf is undefined.
+    return np.multiply(size, np.inf if clip is None else clip, out=np.zeros_like(size), where=size != 0)
+
+
 def prune(
     selection: Selection, low: np.ndarray, high: np.ndarray, all_needed: np.ndarray, backend: str = "auto"
 ) -> np.ndarray:
