@@ -20,7 +20,7 @@ from vas_engine.serving import errors, protocol, requests
 from vas_engine.serving.admin import add_admin
 from vas_engine.serving.answer import answer
 from vas_engine.serving.errors import ServingError, json_response
-from vas_engine.serving.logs import Journal
+from vas_engine.serving.logs import RequestLog
 from vas_engine.serving.replies import ChatReply, CompletionReply
 from vas_engine.serving.security import Gate
 from vas_engine.serving.settings import Settings
@@ -68,7 +68,7 @@ def create_app(llm: LLM | RemoteLLM, settings: Settings, tracer: Any | None = No
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]
     errors.install(app)
     app.add_middleware(Gate, settings=settings)
-    app.add_middleware(Journal, metrics=state.metrics, tracer=tracer)  # outside the gate: it sees what that refuses
+    app.add_middleware(RequestLog, metrics=state.metrics, tracer=tracer)  # outside the gate: it sees what that refuses
     _add_generation(app, state)
     _add_information(app, state)
     if settings.admin_key is not None:

@@ -61,7 +61,7 @@ def set_up(as_json: bool) -> None:
         logger.setLevel(level)
 
 
-class Journal:
+class RequestLog:
     """ASGI middleware that gives every request an id and, when it is over, a line in the log, a count and a span.
 
     Handlers leave what there is to tell in `scope["state"]["told"]`: numbers and names, never text of a client.
