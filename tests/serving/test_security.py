@@ -225,6 +225,8 @@ def test_bodies_are_bounded(served: Served) -> None:
         b'{"model": "\xff\xfe", "prompt": "a"}',
         b'{"model": "\\ud800", "prompt": "a"}',
         b'"' + b"\\" * 100_001,
+        b'"' + b'\\"' * 2_000_000,  # in a time that grows with the square of it this would never be done
+        '{"model": "tiny", "prompt": "a"}'.encode("utf-16-le"),
         b"null",
         b"[]",
         b"",
@@ -245,7 +247,10 @@ def test_depth_is_counted_outside_texts() -> None:
     limits = Limits(json_depth=3, json_items=4)
     for fine in (b'{"a": [[1, 2], "[[[[[[", "\\"[[[[", "\\\\"]}', b"]]]]", b"", b'{"a": ",,,,,,,"}'):
         check_shape(fine, limits)
-    for bad in (b'{"a": [[{}]]}', b"[[[[", b'["\\\\", [[[1]]]]', b"[1,2,3,4,5,6]"):
+    for endless in (b'"\\"[[[[', b'"[[[[\\'):
+        check_shape(endless, limits)
+    hidden = '["∀", [[[1]]]]'.encode("utf-16-le")  # whose bytes are those of texts where its brackets are not
+    for bad in (b'{"a": [[{}]]}', b"[[[[", b'["\\\\", [[[1]]]]', b"[1,2,3,4,5,6]", hidden):
         with pytest.raises(ServingError):
             check_shape(bad, limits)
 

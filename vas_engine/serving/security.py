@@ -22,7 +22,8 @@ from vas_engine.serving.settings import Limits, Settings
 OPEN_PATHS = frozenset({"/health"})
 ADMIN_PREFIX = "/admin"
 BODY_TIMEOUT = 60.0  # seconds in which a body has to arrive
-_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# One that never ends goes to the end of the body: if it matched nowhere, each of its quotes would be tried in turn.
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -153,6 +154,8 @@ class _Replay:
 
 def check_shape(body: bytes, limits: Limits) -> None:
     """Refuses JSON that is nested too deeply or has too many entries, before it is parsed."""
+    if b"\0" in body:  # which no UTF-8 JSON holds, and every UTF-16 or UTF-32 one: a parser would take those, too
+        raise ServingError(400, "the body holds zero bytes; send JSON in UTF-8", code="invalid_json")
     bare = _TEXTS.sub(b"", body)
     if bare.count(b",") > limits.json_items:
         fix = f"the body has {bare.count(b','):,} entries; at most {limits.json_items:,} are taken"
