@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from tests.model.conftest import CONFIGS, Pair, random_model
+from tests.tiny import tiny_llama
 from vas_engine.errors import InvalidArgumentError, UnsupportedModelError, ValueArtifactError
 from vas_engine.model import AttentionBatch, CausalLM
 from vas_engine.values.value_model import load_backbone
@@ -280,6 +281,13 @@ def test_large_models_are_sampled_from_end_to_end(monkeypatch):
         assert (fingerprint.weights_hash(layer) != before) is seen
         with torch.no_grad():
             layer.weight.view(-1)[change] -= 1
+
+
+def test_the_size_of_the_vocabulary_is_looked_up_once(monkeypatch):
+    lm = CausalLM.load(tiny_llama(), device="cpu")
+    assert lm.vocab_size == 257
+    monkeypatch.setattr(lm.model, "get_output_embeddings", None)  # slow, and every step asks
+    assert lm.vocab_size == 257
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class CausalLM:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
+    @cached_property  # asked for with every step, and transformers looks for the embedding by name
     def vocab_size(self) -> int:
         """Width of the logits (of the embedding where there is no head)."""
         head = self.model.get_output_embeddings()
