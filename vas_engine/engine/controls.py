@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from vas_engine.engine.sequence import Sequence
 from vas_engine.params import SamplingParams
 from vas_engine.sampling import SamplingArrays
 from vas_engine.sampling.arrays import MIN_TEMPERATURE
+
+Row = tuple[np.ndarray, np.ndarray]
+"""Token ids int32 [n], and a number for each."""
 
 
 class Knobs(NamedTuple):
@@ -60,7 +64,7 @@ def has_penalties(params: SamplingParams) -> bool:
 def gather(sequences: Seq[Sequence], num_candidates: np.ndarray) -> SamplingArrays:
     """Arrays for the next token of each sequence; its position is the sequence's length."""
     knobs = Knobs.columns(sequences)
-    history = _rows([_history(s) if s.penalised else None for s in sequences], np.int32)
+    history = _rows([None if s.history is None else s.history.follow(s.token_ids) for s in sequences], np.int32)
     bias = _rows([_bias(s) for s in sequences], np.float32)
     return SamplingArrays(
         temperature=knobs.temperature,
@@ -83,26 +87,22 @@ def gather(sequences: Seq[Sequence], num_candidates: np.ndarray) -> SamplingArra
     )
 
 
-def _history(sequence: Sequence) -> dict[int, int]:
-    """Token -> times generated (0: only in the prompt), brought up to the sequence's length."""
-    counts = sequence.token_counts
-    for token in sequence.token_ids[sequence.counted :]:
-        generated = sequence.counted >= sequence.prompt_len
-        counts[token] = counts.get(token, 0) + generated
-        sequence.counted += 1
-    return counts
+def bias_row(bias: Mapping[int, float]) -> Row | None:
+    """Token ids and what to add to their logits; None where there is nothing."""
+    if not bias:
+        return None
+    return np.fromiter(bias.keys(), np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
 
 
-def _bias(sequence: Sequence) -> dict[int, float] | None:
-    if sequence.num_generated < sequence.params.min_tokens:
-        return {**sequence.bias, **dict.fromkeys(sequence.end_ids, -np.inf)}
-    return sequence.bias or None
+def _bias(sequence: Sequence) -> Row | None:
+    early = sequence.num_generated < sequence.params.min_tokens
+    return sequence.early_bias if early else sequence.bias
 
 
-def _rows(entries: list[dict | None], dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Dictionaries as compressed rows: offsets, keys, values."""
-    offsets = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum([len(e) if e else 0 for e in entries], out=offsets[1:])
-    keys = np.fromiter((k for e in entries if e for k in e), np.int32, offsets[-1])
-    values: np.ndarray = np.fromiter((v for e in entries if e for v in e.values()), dtype, offsets[-1])
-    return offsets, keys, values
+def _rows(rows: list[Row | None], dtype: type) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compressed rows: offsets, token ids, values."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([0 if row is None else len(row[0]) for row in rows], out=offsets[1:])
+    nothing: Row = np.zeros(0, np.int32), np.zeros(0, dtype)
+    ids, values = zip(nothing, *(row for row in rows if row is not None), strict=True)
+    return offsets, np.concatenate(ids), np.concatenate(values)

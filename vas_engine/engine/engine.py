@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from vas_engine.engine.blocks import BlockManager
 from vas_engine.engine.clock import Clock
-from vas_engine.engine.controls import Knobs, gather, has_limits, has_penalties
+from vas_engine.engine.controls import Knobs, bias_row, gather, has_limits, has_penalties
 from vas_engine.engine.decode import DecodeGraphs, Flight, decodes, unfit
 from vas_engine.engine.decode_step import Drawn
 from vas_engine.engine.event import EngineStats, TokenEvent, TokenLogprob
 from vas_engine.engine.guide import Decision, Guide, Hidden
+from vas_engine.engine.history import History
 from vas_engine.engine.memory import free_memory
 from vas_engine.engine.pace import Pace, first_guess, floors, spend
 from vas_engine.engine.rows import Rows, pack, slot
@@ -239,10 +240,12 @@ class Engine:
         sequence.use_prefix_cache = not params.return_hidden_states
         sequence.knobs = Knobs.of(params)
         sequence.limited = has_limits(params)
-        sequence.penalised = has_penalties(params)
-        sequence.bias = dict(params.logit_bias or {})
+        sequence.history = History(len(prompt)) if has_penalties(params) else None
         eos = () if params.ignore_eos else self.lm.eos_token_ids
         sequence.end_ids = frozenset(eos) | frozenset(params.stop_token_ids or ())
+        bias = params.logit_bias or {}
+        sequence.bias = bias_row(bias)
+        sequence.early_bias = bias_row({**bias, **dict.fromkeys(sequence.end_ids, -np.inf)})
         sequence.all_needed = params.exact or params.baseline == "candidate-mean"
         sequence.unfit = unfit(params, sequence.lookahead, sequence.reads_before)
         return sequence

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vas_engine.engine.history import History
+
 
 class SequenceStatus(Enum):
     """Where the scheduler keeps a sequence. Only a running one holds blocks of the cache."""
@@ -63,10 +65,10 @@ class Sequence:
         unfit: why its steps cannot be graphs from end to end; None if they can.
         num_candidates: that it asks for; 0 for plain decoding.
         knobs: numbers for the sampler (`controls.Knobs`).
-        limited, penalised: it has a top_k, top_p or min_p; it has penalties.
-        bias: token -> what is added to its logit.
+        limited: it has a top_k, top_p or min_p.
         end_ids: tokens that end it.
-        token_counts, counted: token -> times generated (0: only in the prompt), of its first `counted` tokens.
+        bias, early_bias: token ids and what to add to their logits; the latter while it may not end yet.
+        history: the tokens that penalties count; None without any.
         filled: leading positions that the networks have processed.
         carry: hidden states of the last computed position, where the next rows need them.
         state_values, utilities: V(s) and U(s) of the present state, float [values]; empty while not known.
@@ -118,10 +120,9 @@ class Sequence:
     knobs: tuple[float, ...] = ()
     limited: bool = False
     end_ids: frozenset[int] = frozenset()
-    bias: dict[int, float] = field(default_factory=dict, repr=False)
-    penalised: bool = False
-    token_counts: dict[int, int] = field(default_factory=dict, repr=False)
-    counted: int = 0
+    bias: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    early_bias: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    history: History | None = field(default=None, repr=False)
 
     # What the engine carries from step to step.
     filled: int = 0
