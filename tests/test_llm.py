@@ -4,6 +4,8 @@ import inspect
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tests.tiny import byte_tokenizer, tiny_llama
 from vas_engine import LLM, SamplingParams
 from vas_engine.errors import InvalidArgumentError, KVCacheError, NonFiniteError, ValueArtifactError, VASError
 from vas_engine.interrupt import deferred_interrupt
+from vas_engine.outputs import RequestOutput
 from vas_engine.prompts import read_prompts
 from vas_engine.values.artifact import save_value
 from vas_engine.values.config import default_config
@@ -93,6 +96,58 @@ def test_outputs_come_in_the_order_of_the_prompts(llm):
     assert [len(output.outputs[0].token_ids) for output in outputs] == [p.max_tokens for p in params]
     alone = [llm.generate(p, q, use_tqdm=False)[0] for p, q in zip(prompts, params, strict=True)]
     assert tokens(outputs) == tokens(alone)
+
+
+def test_a_step_does_not_look_at_all_that_waits(monkeypatch):
+    """Else a long list of prompts costs the square of its length."""
+    looked = 0
+
+    def finished(output) -> bool:
+        nonlocal looked
+        looked += 1
+        return all(completion.finished for completion in output.outputs)
+
+    monkeypatch.setattr(RequestOutput, "finished", property(finished))
+    few = make_llm(max_num_seqs=2)
+    monkeypatch.setattr(few.engine, "_sequences", None)  # a list of all of them
+    outputs = few.generate(["a"] * 100, SamplingParams(max_tokens=2, ignore_eos=True))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2] * 100
+    assert looked < 2000
+
+
+def test_threads_take_turns(llm):
+    prompts, params = ["Once", "Lily"], SamplingParams(seed=3, max_tokens=10, ignore_eos=True)
+    expected = tokens(llm.generate(prompts, params, use_tqdm=False))
+    shared = make_llm()
+    inside, together, step = [], threading.Event(), shared.engine.step
+
+    def slow_step():
+        inside.append(None)
+        if len(inside) > 1:
+            together.set()
+        together.wait(0.02)  # for another thread, that must not come
+        try:
+            return step()
+        finally:
+            inside.pop()
+
+    shared.engine.step = slow_step
+    start = threading.Barrier(3)
+
+    def generate():
+        start.wait()
+        return tokens(shared.generate(prompts, params, use_tqdm=False))
+
+    def stream():
+        start.wait()
+        *_, last = shared.stream("Once", params)
+        return last.outputs[0].token_ids
+
+    with ThreadPoolExecutor(3) as pool:
+        *whole, streamed = [future.result() for future in [pool.submit(f) for f in (generate, generate, stream)]]
+    assert not together.is_set()
+    assert whole == [expected, expected]
+    assert streamed == expected[0]
 
 
 def test_every_form_of_a_prompt(llm):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from vas_engine import arguments
 from vas_engine.engine.engine import Engine
+from vas_engine.engine.event import EngineStats
 from vas_engine.engine.memory import CPU_FRACTION, count_blocks, free_memory
 from vas_engine.engine.output import OutputFront
 from vas_engine.engine.profile import CudaMeter, activation_memory
@@ -52,7 +55,7 @@ class LLM:
         llm = LLM("path/to/model", values={"kind": "path/to/value"})
         out = llm.generate("Once upon a time", SamplingParams(values={"kind": 2.0}))[0].outputs[0]
 
-    Not for several threads at once.
+    Threads may share one: their requests run in one batch, and who steps it makes the others wait.
 
     Args:
         model: folder or hub name of a Hugging Face causal LM (safetensors only, no code of its own), or a
@@ -151,6 +154,8 @@ class LLM:
             graphs=enforce_eager is not True,
         )
         self._front = OutputFront(self.engine, self.tokenizer)
+        # Reentrant: a stream that is left early may be closed by the garbage collector, in the middle of anything.
+        self._turn = threading.RLock()
         if seed is None and tensor_parallel_size > 1:
             seed = ranks.first_says(int.from_bytes(os.urandom(7), "little"), self.lm.device)
         self._seed, self._count = seed, 0
@@ -317,13 +322,16 @@ class LLM:
             with deferred_interrupt():
                 outputs.append(self._submit(prompt, params, priority))
             [output] = outputs
-            shown = output.snapshot()
+            shown = RequestOutput(output.request_id, outputs=[CompletionOutput(index) for index in range(params.n)])
             while not shown.finished:
-                # Another call made in the loop's body may have brought this request on already.
-                if _same(output, shown):
-                    self._step()
-                if not _same(output, shown):
-                    last, shown = shown, output.snapshot()
+                last = shown
+                with self._turn:
+                    # Another call, in the loop's body or of a thread, may have brought this request on already.
+                    if _same(output, shown):
+                        self._step()
+                    if not _same(output, shown):
+                        shown = output.snapshot()
+                if shown is not last:
                     for new, old in zip(shown.outputs, last.outputs, strict=True):
                         new.delta_text = new.text[len(old.text) :]
                         new.delta_token_ids = new.token_ids[len(old.token_ids) :]
@@ -345,13 +353,18 @@ class LLM:
             for request in requests:
                 with deferred_interrupt():  # what the engine holds is on the list
                     outputs.append(self._admit(*request))
-            running = [output for output in outputs if not output.finished]
-            bar.update(len(outputs) - len(running))
-            while running:
-                self._step(lenient)
-                still = [output for output in running if not output.finished]
-                _show_progress(bar, outputs, len(running) - len(still))
-                running = still
+            own, before = {output.request_id for output in outputs}, dataclasses.replace(self.engine.stats)
+            bar.update(sum(output.finished for output in outputs))
+            # A step looks at what it touched and at the first of those left, however many wait.
+            left = deque(outputs)
+            while left:
+                with self._turn:
+                    if left[0].finished:
+                        left.popleft()
+                        continue
+                    told = self._step(lenient)
+                ended = sum(output.finished and output.request_id in own for output in told)
+                _show_progress(bar, before, self.engine.stats, ended)
         finally:
             self._abandon(outputs)
             bar.close()
@@ -370,24 +383,26 @@ class LLM:
             return RequestOutput(str(self._count), prompt.text, prompt.token_ids or [], failed, error)
 
     def _submit(self, prompt: Prompt, params: SamplingParams, priority: int) -> RequestOutput:
-        self._count += 1
-        if params.stop and self.tokenizer is None:
-            raise InvalidArgumentError("stop", params.stop, "needs a tokenizer; use stop_token_ids without one")
-        if params.seed is None and self._seed is not None:
-            params = dataclasses.replace(params, seed=fork_seed(self._seed, self._count))
-        ids = prompt.encode(self.tokenizer)
-        return self._front.add(str(self._count), ids, params, prompt=prompt.text, priority=priority)
+        with self._turn:
+            self._count += 1
+            if params.stop and self.tokenizer is None:
+                raise InvalidArgumentError("stop", params.stop, "needs a tokenizer; use stop_token_ids without one")
+            if params.seed is None and self._seed is not None:
+                params = dataclasses.replace(params, seed=fork_seed(self._seed, self._count))
+            ids = prompt.encode(self.tokenizer)
+            return self._front.add(str(self._count), ids, params, prompt=prompt.text, priority=priority)
 
-    def _step(self, lenient: bool = False) -> None:
-        """One step. One that raises ends the requests that took part in it, whoever made them, with its error; the
-        others can go on, and with `lenient` nothing is raised if it ended any."""
-        with deferred_interrupt():
+    def _step(self, lenient: bool = False) -> list[RequestOutput]:
+        """One step; returns the requests it touched. One that raises ends the requests that took part in it, whoever
+        made them, with its error; the others can go on, and with `lenient` nothing is raised if it ended any."""
+        with self._turn, deferred_interrupt():
             try:
-                self._front.step()
+                return self._front.step()
             except Exception as error:
                 told = self._front.recover(error)
                 if not lenient or all(output.error is not error for output in told):
                     raise
+                return told
             except BaseException:  # a second Ctrl-C cut it in half
                 with suppress(RuntimeError):
                     self._front.recover(VASError("the step was interrupted"))
@@ -395,7 +410,7 @@ class LLM:
 
     def _abandon(self, outputs: Sequence[RequestOutput]) -> None:
         """Cancels what has not finished; afterwards the engine holds nothing of it. Ctrl-C waits for that."""
-        with deferred_interrupt():
+        with self._turn, deferred_interrupt():
             for output in outputs:
                 if not output.finished:
                     self._front.cancel(output.request_id)
@@ -429,14 +444,13 @@ def _check_priority(name: str, value: object) -> int:
     return arguments.integer(name, value, -(2**31), 2**31)
 
 
-def _show_progress(bar: tqdm, outputs: list[RequestOutput], finished: int) -> None:
+def _show_progress(bar: tqdm, before: EngineStats, now: EngineStats, finished: int) -> None:
     if bar.disable:
         return
     seconds = max(bar.format_dict["elapsed"], 1e-9)
-    tokens = sum(output.metrics.generated_tokens for output in outputs)
+    tokens, evaluations = now.tokens - before.tokens, now.value_rows - before.value_rows
     counts = {"tokens/s": f"{tokens / seconds:.0f}"}
-    evaluations = sum(output.metrics.value_evaluations for output in outputs)
-    if evaluations:
+    if evaluations and tokens:
         counts["values/token"] = f"{evaluations / tokens:.1f}"
     bar.set_postfix(counts, refresh=False)
     bar.update(finished)
