@@ -297,6 +297,13 @@ def test_requests_come_and_go_while_they_are_counted(world, monkeypatch) -> None
 
 # -- when something goes wrong -------------------------------------------------------------------------------
 
+
+def answering(choice: str) -> tuple[int, bytes, dict]:
+    """An endpoint that says this of the next token."""
+    return 200, b'{"choices": [{"finish_reason": null, %s}]}' % choice.encode(), {}
+
+
+ONE = '"logprobs": {"tokens": ["a"], "token_logprobs": [-1], "top_logprobs": [{"a": -1}]}'
 FAULTS = [
     ("gone", 503, "upstream_unavailable", "5"),
     ("slow", 504, "upstream_timeout", "5"),
@@ -308,7 +315,18 @@ FAULTS = [
     ("cut", 503, "upstream_unavailable", "5"),
     ((401, b'{"error": {"message": "no such key"}}', {}), 502, "upstream_error", "5"),
     ((400, b'{"error": {"message": "too long"}}', {}), 400, "upstream_refused", None),
-]
+    ((429, b"{}", {"Retry-After": "inf"}), 503, "upstream_unavailable", "5"),
+    ((429, b"{}", {"Retry-After": "nan"}), 503, "upstream_unavailable", "5"),
+    ((503, b"{}", {"Retry-After": "1e300"}), 503, "upstream_unavailable", "5"),
+    ((503, b"{}", {"Retry-After": "Mon, 99 Jan 99999999999999999999 00:00:00 GMT"}), 503, "upstream_unavailable", "5"),
+    ((200, b"[" * 100_000, {}), 502, "upstream_error", "5"),
+    ((500, b"[" * 100_000, {}), 502, "upstream_error", "5"),
+    (answering('"text": 7, ' + ONE), 502, "upstream_error", "5"),
+    (answering(r'"text": "\ud800", ' + ONE.replace('"a"', r'"\ud800"')), 502, "upstream_error", "5"),
+    (answering('"text": "a", ' + ONE.replace("-1", "NaN")), 502, "upstream_error", "5"),
+    (answering('"text": "a", "vas": {"candidates": [[{"id": "x", "token": "a", "logprob": -1}]]}, ' + ONE),
+     502, "upstream_error", "5"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])

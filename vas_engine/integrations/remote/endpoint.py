@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import email.utils
 import json
 import math
@@ -27,6 +26,7 @@ from vas_engine.integrations.remote.errors import (
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 LONGEST_BACKOFF = 60.0
+LONGEST_RETRY_AFTER = 1e9  # seconds; more is a mistake, as are infinity and NaN
 TOKEN_ID = "token_id:"
 LLAMA_CPP = "me"  # what llama-cpp-python's server calls the owner of its models
 
@@ -300,7 +300,7 @@ class Endpoint:
 def _parse(response: Any) -> dict[str, Any]:
     try:
         answer = response.json()
-    except ValueError as error:  # cut off in the middle, or no JSON at all
+    except (ValueError, RecursionError) as error:  # cut off in the middle, no JSON at all, or nested without end
         raise EndpointAnswerError(
             f"{response.url}: the answer is no JSON ({error}); it begins {response.text[:100]!r}", response.status_code
         ) from error
@@ -313,7 +313,7 @@ def _refused(url: str, response: Any) -> EndpointError:
     try:
         told = response.json()["error"]
         told = told["message"] if isinstance(told, dict) else told
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         told = response.text[:200]
     message = f"{url}: {response.status_code} {response.reason_phrase}: {told}"
     kind = EndpointUnavailableError if response.status_code in RETRIED else EndpointError
@@ -321,17 +321,18 @@ def _refused(url: str, response: Any) -> EndpointError:
 
 
 def _retry_after(response: Any) -> float | None:
-    """Seconds, from either form of the header (RFC 9110, section 10.2.3)."""
+    """Seconds, from either form of the header (RFC 9110, section 10.2.3); None for what no clock can count."""
     header = response.headers.get("Retry-After")
     if header is None:
         return None
-    with contextlib.suppress(ValueError):
-        seconds = float(header)
-        return None if math.isnan(seconds) else max(seconds, 0.0)
     try:
-        return max(email.utils.parsedate_to_datetime(header).timestamp() - time(), 0.0)
+        seconds = float(header)
     except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time()
+        except (ValueError, OverflowError):
+            return None
+    return max(seconds, 0.0) if abs(seconds) < LONGEST_RETRY_AFTER else None
 
 
 def _read(answer: Mapping[str, Any]) -> NextToken:
@@ -342,15 +343,27 @@ def _read(answer: Mapping[str, Any]) -> NextToken:
     told = (choice.get("vas") or {}).get("candidates")
     if told:
         # This engine's own: the drawn token first, then the most probable others.
-        tokens = [Alternative(t["token"] or "", _logprob(t["logprob"]), t["id"]) for t in told[0]]
-        return NextToken(tokens[0], ended, _best(tokens), choice["text"], read)
+        tokens = [Alternative(_text(t["token"] or ""), _logprob(t["logprob"]), _id(t["id"])) for t in told[0]]
+        return NextToken(tokens[0], ended, _best(tokens), _text(choice["text"]), read)
     if not logprobs["tokens"] and ended:  # the end of the text goes without a token of its own
         top = logprobs["top_logprobs"] or [{}]
         best = _best([_alternative(*pair) for pair in top[0].items()])
         return NextToken(Alternative("", -math.inf), True, best, read=read)
     drawn = _alternative(logprobs["tokens"][0], logprobs["token_logprobs"][0])
     top = {_alternative(*pair) for pair in logprobs["top_logprobs"][0].items()}
-    return NextToken(drawn, ended, _best([*top]), choice["text"], read)
+    return NextToken(drawn, ended, _best([*top]), _text(choice["text"]), read)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _id(value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise TypeError(f"{value!r} is no token id")
+    return value
 
 
 def _alternative(text: str, logprob: Any) -> Alternative:
