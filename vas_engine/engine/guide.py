@@ -399,9 +399,11 @@ class Guide:
         values, utilities = self._read(scored, asked, owner)
         is_tail = column == selection.tail[owner]
         baselines = asked.baselines
+        offsets = group_offsets(np.bincount(owner, minlength=len(sequences)))
         for i in np.flatnonzero(asked.candidate_mean):
-            mine = (owner == i) & ~is_tail
-            baselines[i] = utilities[mine].mean(0) if mine.any() else 0.0
+            rows = slice(offsets[i], offsets[i + 1])
+            mine = utilities[rows][~is_tail[rows]]
+            baselines[i] = mine.mean(0) if len(mine) else 0.0
         rows_tilt = np.where(is_tail, 0.0, value_tilt(utilities, baselines, asked.limits, owner))
         tilt[owner, column] = rows_tilt
         fine[owner[~np.isfinite(rows_tilt) | ~np.isfinite(values).all(1)]] = False
