@@ -6,6 +6,7 @@ host read, tensors made anew), and what it would do late, an emulated device doe
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections import Counter
 
@@ -444,6 +445,26 @@ def test_limits_within_graphs() -> None:
     wanted = found("cpu", backend="reference")
     with emulated():
         assert_same(found("cuda", backend="triton", graphs=True), wanted)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+def test_a_graph_splits_prefixes_that_are_longer_than_when_it_was_captured(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("vas_engine.kernels.candidate_attention")
+    monkeypatch.setattr(kernels, "SHORTEST_SPLIT", 8)
+    planned, plan = [], kernels.plan
+    monkeypatch.setattr(kernels, "plan", lambda *given: planned.append(plan(*given)) or planned[-1])
+    with emulated() as device:
+        lm = CausalLM.load(llama(layers=2).model, device="cuda", attention_backend="triton")
+        running = engine(lm, graphs=True, max_num_seqs=1)
+        running.capture_graphs()
+        splits = []
+        for length in (40, 3):
+            running.add_request("0", [1 + i % 20 for i in range(length)], SamplingParams(max_tokens=2, ignore_eos=True))
+            drain(running)
+            splits.append(planned[-1].table[0, 3].item())  # of the graph's own memory, where it was just replayed
+        assert splits == [5, 1]
+        assert device.captures == 1
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts what an emulated device is asked for")

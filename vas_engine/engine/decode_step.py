@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -196,7 +196,6 @@ class _Step(ABC):
         }
         self.inputs = Exchange(places | fields, owner.lm.device)
         self._offsets = torch.arange(size + 1, dtype=i32, device=owner.lm.device)
-        self._plans: dict[Any, Any] = {}
         self._replay: Callable[[], None] | None = None
 
     def _fill(self, sequences: Seq[Sequence], ahead: int = 0) -> None:
@@ -227,8 +226,7 @@ class _Step(ABC):
     def _forward(self, token_ids: torch.Tensor) -> ForwardOutput:
         """The base model over the sequences' last tokens int64 [size]."""
         given, tables = self.inputs.device, self.lane.tables.device[: self.size]
-        # Everything that a batch works out from its numbers must be worked out here, each time; but each sequence has
-        # one row, now and then.
+        # Everything that a batch works out from its numbers must be worked out here, each time.
         batch = AttentionBatch(
             tables,
             self._offsets,
@@ -237,7 +235,6 @@ class _Step(ABC):
             given["positions"],
             unslotted=False,
             alone=True,
-            plans=self._plans,
         )
         return self.owner.lm.forward(token_ids, batch, self.owner.guide.states)
 

@@ -223,15 +223,14 @@ class TritonLayer:
         """Items for candidate_attention and for paged_prefill; None where there are none."""
         shape = (q.shape[1:], self.k_pages.shape[1:], q.dtype, self.k_pages.dtype, own)
         host = _host_numbers(batch)
-        plans = batch.plans if host is None else batch.cache
         key = ("triton", *shape)
-        if key not in plans:
+        if key not in batch.cache:
             if host is None:
                 items = self.decode.plan(q, self.k_pages, batch.block_tables, batch.group_offsets, batch.prefix_lens)
-                plans[key] = (items, None)
+                batch.cache[key] = (items, None)
             else:
-                plans[key] = self._plan_on_host(q, own, host, batch.block_tables)
-        return plans[key]
+                batch.cache[key] = self._plan_on_host(q, own, host, batch.block_tables)
+        return batch.cache[key]
 
     def _plan_on_host(self, q: torch.Tensor, own: bool, host: Any, tables: torch.Tensor) -> tuple[Any, Any]:
         """Groups of more rows than a tile of candidates takes are chunks, if all their keys are in the pages."""

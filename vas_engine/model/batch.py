@@ -51,8 +51,6 @@ class AttentionBatch:
     """Whether every group is known to be one slotted row, as in a decoding step."""
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     """What is worked out once and used in every layer."""
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What follows from `group_offsets` and shapes alone: other batches of the same may be given it."""
 
     @classmethod
     def build(
