@@ -67,8 +67,13 @@ class Items:
     merges: bool
 
 
-# What changes from step to step must not have a kernel compiled anew.
-@triton.jit(do_not_specialize=["window", "table_row", "partials"])
+# What changes from step to step must not have a kernel compiled anew: neither numbers nor where indices lie, which are
+# parts of larger buffers.
+@triton.jit(
+    do_not_specialize=[
+        "tables", "offsets", "prefix_lens", "positions", "see_self", "slots", "items", "window", "table_row", "partials"
+    ]
+)  # fmt: skip
 def _body(
     q, k_pages, v_pages, tables, offsets, prefix_lens, positions, k, v, see_self, slots, items, out, partial, stats,
     scale, softcap, window, table_row, partials,
@@ -216,7 +221,7 @@ def _score(product, scale, softcap, CAPPED: tl.constexpr):
     return score
 
 
-@triton.jit(do_not_specialize=["partials"])
+@triton.jit(do_not_specialize=["offsets", "items", "partials"])
 def _merge(
     offsets, items, out, partial, stats, partials,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -325,7 +330,7 @@ def host_items(
     return table
 
 
-@triton.jit(do_not_specialize=["groups", "splits", "programs", "length"])
+@triton.jit(do_not_specialize=["offsets", "prefix_lens", "items", "groups", "splits", "programs", "length"])
 def _plan(
     offsets, prefix_lens, items, groups, splits, programs, length,
     SHARE: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr, SHORTEST: tl.constexpr,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _WARPS = 4
 
 
-@triton.jit(do_not_specialize=["state_stride", "table_stride", "place_stride"])
+@triton.jit(
+    do_not_specialize=["state_index", "token_ids", "place_index", "state_stride", "table_stride", "place_stride"]
+)
 def _gather(
     states, state_index, table, token_ids, places, place_index, out, state_stride, table_stride, place_stride, width,
     BLOCK: tl.constexpr, TABLE: tl.constexpr, PLACES: tl.constexpr, PLACED: tl.constexpr,

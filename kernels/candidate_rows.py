@@ -21,7 +21,12 @@ _ROWS = 32
 """Of a program, which looks at all sequences for each."""
 
 
-@triton.jit(do_not_specialize=["sequences", "rows", "width"])
+@triton.jit(
+    do_not_specialize=[
+        "count", "uses", "token_ids", "positions", "offsets", "groups", "owner", "column", "tokens", "places",
+        "prefix_lens", "sequences", "rows", "width",
+    ]
+)  # fmt: skip
 def _lay(
     count, uses, token_ids, positions, offsets, groups, owner, column, tokens, places, prefix_lens,
     sequences, rows, width,
@@ -70,7 +75,12 @@ def candidate_rows(
     return laid
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(
+    do_not_specialize=[
+        "column", "uses", "offsets", "slots", "values", "utilities", "rows", "targets", "own_values", "own_utilities",
+        "heads",
+    ]
+)  # fmt: skip
 def _pick(
     column, uses, offsets, slots, values, utilities, rows, targets, own_values, own_utilities, heads,
     HEADS: tl.constexpr,

@@ -112,7 +112,12 @@ def _tile(
             bound, where = tl.max(rough, 0, return_indices=True, return_indices_tie_break_left=True)
 
 
-@triton.jit(do_not_specialize=["sequences", "tiles", "width"])
+# The fields lie behind one another in one buffer, anywhere.
+@triton.jit(
+    do_not_specialize=[
+        "token_ids", "log_probs", "noise", "count", "tail", "tail_log_mass", "finite", "sequences", "tiles", "width"
+    ]
+)  # fmt: skip
 def _merge(
     settings, found, token_ids, log_probs, noise, count, tail, tail_log_mass, finite,
     sequences, tiles, width,

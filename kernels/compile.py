@@ -65,7 +65,8 @@ class Variant:
         signature: argument -> "*bf16", "i32", "fp32", "constexpr" and so on.
         constants: constexpr argument -> value.
         num_warps, num_stages: as at launch.
-        aligned: pointer and int arguments that are divisible by 16, which Triton finds out at launch.
+        aligned: pointer and int arguments that are divisible by 16, which Triton finds out at launch where the kernel
+            is specialised for them.
         targets: of `TARGETS`, where this configuration is used.
     """
 
@@ -139,7 +140,9 @@ def compile_variant(variant: Variant, target: str) -> Report:
     unknown = sorted((variant.signature.keys() | variant.constants.keys() | set(variant.aligned)) - set(names))
     if untyped or unknown:
         raise ValueError(f"{variant.name}: arguments without a type or value {untyped}, of no use {unknown}")
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    places = [names.index(name) for name in variant.aligned]
+    specialised = [place for place in places if not variant.kernel.params[place].do_not_specialize]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in specialised}
     chip = TARGETS[target]
     # By place: the third argument has been called constants and constexprs.
     source = ASTSource(variant.kernel, types, variant.constants, attributes)

@@ -47,7 +47,7 @@ def _copy(source, target, row, slot, row_stride, head_stride, KV_HEADS, HEAD_DIM
         tl.store(target + at, taken.to(target.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots"])
 def _write(
     k, v, k_pages, v_pages, rows, slots, k_row, k_head, v_row, v_head,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr, PICKED: tl.constexpr,
@@ -62,7 +62,7 @@ def _write(
     _copy(v, v_pages, row, slot, v_row, v_head, KV_HEADS, HEAD_DIM, AT_ONCE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots"])
 def _commit(
     addresses, rows, slots, k_row, k_head, v_row, v_head, layers,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, AT_ONCE: tl.constexpr,

@@ -149,7 +149,12 @@ def score_rows(
         tl.store(utilities + row * heads + m, utility, mask=live)
 
 
-@triton.jit(do_not_specialize=["sequences", "choose"])
+# A selection lies in one buffer, its fields anywhere.
+@triton.jit(
+    do_not_specialize=[
+        "token_ids", "log_probs", "noise", "count", "tail", "tail_log_mass", "finite", "sequences", "choose"
+    ]
+)  # fmt: skip
 def _fused(
     features, stride, hidden, hidden_bias, output, output_bias, kinds, scales, starts, atoms,
     asked, limits, baselines, optimal, candidate_mean, row_offsets, columns,

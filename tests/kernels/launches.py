@@ -2,6 +2,8 @@
 
     python tests/kernels/launches.py sm_90 < launches.json                  a line of JSON for each binary
     python tests/kernels/launches.py sm_90 --extremes < launches.json       likewise, with other numbers
+    python tests/kernels/launches.py sm_90 --moved < launches.json          a line for each that is compiled once more
+                                                                            for where its arguments lie
 
 A launch is {"kernel": "module:function", "arguments": {name: value}}, where a tensor is {"pointer": "bfloat16",
 "aligned": true} and a type of Triton {"type": "bf16"}; arguments hold the options of the launch too. TRITON_INTERPRET
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -132,6 +135,16 @@ def extremes(launches: Iterable[Launch]) -> list[Launch]:
     return found
 
 
+def moved(launches: Iterable[Launch]) -> Iterator[str]:
+    """Kernels compiled more than once though only the addresses of their arguments differ, 16 dividing them or not."""
+    seen: set[str] = set()
+    for name, launch in specialised(launches).items():
+        anywhere = re.sub(r"\('\*(\w+)', 'D'\)", r"('*\1', '')", name)
+        if anywhere in seen:
+            yield launch["kernel"]
+        seen.add(anywhere)
+
+
 def compile_launches(launches: Iterable[Launch], target: str) -> Iterator[dict[str, Any]]:
     """For the active target, a report of `vas_engine.kernels.compile` and its problem for each kind of launch."""
     from vas_engine.kernels.compile import Report, read_binary
@@ -149,5 +162,6 @@ def compile_launches(launches: Iterable[Launch], target: str) -> Iterator[dict[s
 if __name__ == "__main__":
     activate(sys.argv[1])
     given = json.load(sys.stdin)
-    for found in compile_launches(extremes(given) if "--extremes" in sys.argv else given, sys.argv[1]):
-        print(json.dumps(found), flush=True)
+    lines: Iterable[Any] = compile_launches(extremes(given) if "--extremes" in sys.argv else given, sys.argv[1])
+    for line in moved(given) if "--moved" in sys.argv else lines:
+        print(json.dumps(line), flush=True)

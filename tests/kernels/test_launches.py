@@ -47,8 +47,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton")
 
 
-def compiled(recorded: list[launches.Launch], cache: Path, *options: str) -> list[dict[str, Any]]:
-    """Reports of what a process of its own makes of launches, for a Hopper."""
+def judged(recorded: list[launches.Launch], cache: Path, *options: str) -> list[Any]:
+    """What a process of its own says of launches, for a Hopper."""
     settings = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
     settings |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -56,7 +56,12 @@ def compiled(recorded: list[launches.Launch], cache: Path, *options: str) -> lis
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compiled(recorded: list[launches.Launch], cache: Path, *options: str) -> list[dict[str, Any]]:
+    """Reports of what it makes of them."""
+    reports = judged(recorded, cache, *options)
     assert {report["launch"]["kernel"] for report in reports} == {launch["kernel"] for launch in recorded}
     return reports
 
@@ -248,3 +253,8 @@ def test_every_launch_compiles_without_spilling(name: str, cache: Path) -> None:
 def test_kernels_compile_whatever_their_numbers_are(name: str, cache: Path) -> None:
     reports = compiled(record(name), cache, "--extremes")
     assert not [f"{report['name']}: {report['error']}" for report in reports if report["error"]]
+
+
+def test_nothing_is_compiled_anew_for_where_arguments_lie(cache: Path) -> None:
+    """Indices and selections are parts of larger buffers: whether 16 divides their addresses changes with the batch."""
+    assert not judged(record("tiny"), cache, "--moved")
