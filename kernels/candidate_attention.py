@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vas_engine.kernels import reference
+from vas_engine.kernels.device import where_tensors_lie
 
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
@@ -364,6 +365,7 @@ def _plan(
         tl.store(items + (start + some) * 4, -1, mask=start + some < length)
 
 
+@where_tensors_lie
 def device_items(
     group_offsets: Tensor,
     rows: int,
@@ -430,6 +432,7 @@ def plan(
     return Items(table, launch, splits is None or splits > 1)
 
 
+@where_tensors_lie
 def candidate_attention(
     q: Tensor,
     k_pages: Tensor,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vas_engine.kernels.device import where_tensors_lie
 
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
@@ -39,6 +40,7 @@ def _gather(
 
 
 @torch.library.custom_op("vas_engine::candidate_input", mutates_args=())
+@where_tensors_lie
 def candidate_input(
     states: Tensor,
     state_index: Tensor,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vas_engine.kernels.device import where_tensors_lie
 from vas_engine.kernels.reference import CandidateRows, WinnerRows
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def _lay(
     tl.store(prefix_lens + row, place.to(tl.int32), mask=inside)
 
 
+@where_tensors_lie
 def candidate_rows(
     count: Tensor, uses: Tensor | None, token_ids: Tensor, positions: Tensor, rows: int
 ) -> CandidateRows:
@@ -99,6 +101,7 @@ def _pick(
     tl.store(own_utilities + s * heads + head, utility, mask=inside)
 
 
+@where_tensors_lie
 def winner_rows(
     column: Tensor, uses: Tensor, offsets: Tensor, slots: Tensor, values: Tensor, utilities: Tensor
 ) -> WinnerRows:

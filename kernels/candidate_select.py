@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vas_engine.kernels.device import where_tensors_lie
 from vas_engine.kernels.noise import gumbel, rough_gumbel
 from vas_engine.kernels.reference import TOP_P_SLACK, SelectionTensors
 from vas_engine.kernels.transfer import to_device
@@ -355,6 +356,7 @@ def views(buffer: Tensor, sequences: int, width: int) -> SelectionTensors:
 
 
 @torch.library.custom_op("vas_engine::candidate_select", mutates_args=())
+@where_tensors_lie
 def select_packed(
     logits: Tensor,
     settings: Tensor,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vas_engine.kernels.device import where_tensors_lie
 
 if TYPE_CHECKING:
     from vas_engine.kernels.compile import Variant
@@ -86,6 +87,7 @@ def _commit(
     _copy(v, v_pages, row, slot, v_row, v_head, KV_HEADS, HEAD_DIM, AT_ONCE)
 
 
+@where_tensors_lie
 def write_pages(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, rows: Tensor | None = None
 ) -> None:
@@ -152,6 +154,7 @@ def address_table(
     return Addresses(table, aligned)
 
 
+@where_tensors_lie
 def _launch(k: Tensor, v: Tensor, pages: Tensor, addresses: Addresses, rows: Tensor, slots: Tensor) -> None:
     kv_heads, head_dim = pages.shape[2:]
     layers = addresses.table.shape[1]

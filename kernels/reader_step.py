@@ -28,6 +28,7 @@ from vas_engine.kernels.candidate_attention import (
     processors,
 )
 from vas_engine.kernels.candidate_attention import configuration as attention_configuration
+from vas_engine.kernels.device import where_tensors_lie
 from vas_engine.kernels.reference import (
     NORM_EPS,
     HeadWeights,
@@ -379,6 +380,7 @@ def configuration(rows: int, pairs: int, head_dim: int, wide: bool, amd: bool) -
     return Configuration(m, n, k, attention.pairs, attention.positions, warps, stages)
 
 
+@where_tensors_lie
 def reader_step(
     reader: Reader,
     states: Tensor,

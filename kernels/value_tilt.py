@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vas_engine.kernels.device import where_tensors_lie
 from vas_engine.kernels.reference import (
     DISTRIBUTIONAL,
     NORM_EPS,
@@ -270,6 +271,7 @@ def settle(
 
 
 @torch.library.custom_op("vas_engine::value_head_tilt", mutates_args=("tilt",))
+@where_tensors_lie
 def _operator(
     features: Tensor,
     norm: bool,

@@ -7,7 +7,8 @@ meant to. As on a GPU
 - work is queued, and done when somebody waits, not before: what the host reads or overwrites too early is wrong;
 - a captured graph repeats its operators and launches without any Python, on memory that other graphs of its pool use
   as well, except for what somebody still holds;
-- memory that nobody has written to holds nonsense.
+- memory that nobody has written to holds nonsense;
+- kernels run on the current GPU, which may be another one than that of their tensors.
 
 Kernels run under Triton's interpreter. There is one stream, and speed means nothing.
 """
@@ -19,7 +20,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,6 +203,7 @@ class EmulatedDevice(TorchDispatchMode):
         allocations: blocks of memory that were taken, those of graphs left out.
         captures, replays: of graphs. live, peak: bytes.
         launches: kernels that were launched, each with its arguments and options.
+        current: number of the current GPU; the others are there by their numbers only.
     """
 
     def __init__(self, late: bool = True) -> None:
@@ -209,6 +211,7 @@ class EmulatedDevice(TorchDispatchMode):
         self.late, self.computes = late, True
         self.waits: Counter[str] = Counter()
         self.allocations = self.captures = self.replays = self.live = self.peak = 0
+        self.current = CUDA.index
         self.launches: list[tuple[Callable[..., None], dict[str, Any]]] = []
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.stream = Stream()
@@ -449,6 +452,8 @@ class EmulatedDevice(TorchDispatchMode):
 
     def launch(self, kernel: Any, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A kernel of Triton."""
+        if self.current != CUDA.index:
+            raise ValueError(f"{kernel} was launched on cuda:{self.current}, its tensors lie on {CUDA}")
         for leaf in (*args, *kwargs.values()):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DeviceTensor) and not self.is_pinned(leaf):
                 raise ValueError(
@@ -520,10 +525,20 @@ def _spoil(memory: torch.Tensor) -> None:
 def _on(stream: Stream) -> Iterator[None]:
     device = _mode()
     before, device.stream = device.stream, stream
+    gpu = _exchange(CUDA.index)
     try:
         yield
     finally:
         device.stream = before
+        _exchange(gpu)
+
+
+def _exchange(gpu: int) -> int:
+    """Makes a GPU the current one, none if negative; the number of the one before."""
+    device = _mode()
+    before = device.current
+    device.current = gpu if gpu >= 0 else before
+    return before if gpu >= 0 else -1
 
 
 @contextmanager
@@ -531,6 +546,7 @@ def _capture(graph: Graph, pool: Any = None, stream: Stream | None = None, **_: 
     device = _mode()
     device.wait("capture")
     before, device.stream = device.stream, stream or Stream()
+    gpu = _exchange(CUDA.index)
     # Like torch, which does not go back to the stream before in either case of failure.
     if pool is not None and not any(other._pool is pool for other in device.graphs):
         raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: all graphs of this pool are gone")
@@ -543,6 +559,7 @@ def _capture(graph: Graph, pool: Any = None, stream: Stream | None = None, **_: 
     finally:
         device.capturing = None
     device.stream = before
+    _exchange(gpu)
 
 
 def _guard() -> None:
@@ -577,9 +594,10 @@ def emulated(late: bool = True, processors: int = 4) -> Iterator[EmulatedDevice]
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "device": lambda device: nullcontext(),
+        "current_device": lambda: _mode().current,
+        "set_device": _exchange,
+        "_exchange_device": _exchange,
+        "_maybe_exchange_device": _exchange,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: "emulated",

@@ -384,6 +384,22 @@ def test_what_a_gpu_would_do(values: dict[str, float], late: bool) -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_gpu_that_is_not_the_current_one(graphs: bool) -> None:
+    """Another model's, say, or every thread's but the one that chose it."""
+    pytest.importorskip("triton")
+    params = SamplingParams(values={"r": 1.0, "l": 1.0}, num_candidates=3, max_tokens=3, ignore_eos=True, seed=1)
+    with emulated():
+        torch.cuda.set_device(1)
+        lm = CausalLM.load(llama(layers=1).model, device="cuda:0", attention_backend="triton")
+        running = engine(lm, {"r": network("reader", lm), "l": network("lookahead", lm)}, graphs=graphs)
+        running.add_request("0", [1, 2], params)
+        running.add_request("1", [1, 2, 3, 4], params.replace(values={"r": 1.0}, top_p=0.9))
+        assert all(len(ids) == 3 for ids in tokens(drain(running)).values())
+        assert torch.cuda.current_device() == 1
+
+
+@pytest.mark.skipif(HAS_GPU, reason="stands for a GPU")
 def test_graphs_after_values_came() -> None:
     """All graphs are dropped then, and with them their pool of memory."""
     pytest.importorskip("triton")
