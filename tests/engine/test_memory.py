@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.conftest import engine, generate, llama, network
+import tests.kernels.conftest  # noqa: F401 - the interpreter, before a kernel is imported
+from tests.emulation import emulated
+from tests.engine.conftest import drain, engine, generate, llama, network
 from vas_engine.engine import memory, profile
 from vas_engine.engine.engine import Engine
 from vas_engine.errors import KVCacheError
+from vas_engine.model import CausalLM
 from vas_engine.params import SamplingParams
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -78,3 +81,20 @@ def test_a_vocabulary_of_few_tokens_is_measured_too() -> None:
 
     lm = llama(layers=1, vocab=9)
     assert profile.activation_memory(lm, {"a": network("action", lm)}, 2, 100, 64, 4, Silent()) == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
+@pytest.mark.parametrize("limit", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1, "top_p": 0.5}])
+def test_sorting_the_scores_of_every_sequence_is_measured_too(limit: dict) -> None:
+    """With a vocabulary of usual size that is most of what a step takes beside its products."""
+    pytest.importorskip("triton")
+    with emulated(late=False):
+        lm = CausalLM.load(llama(layers=1, vocab=2000).model, device="cuda", attention_backend="triton")
+        meter = profile.CudaMeter(lm.device)
+        needed = profile.activation_memory(lm, {}, 8, 64, 64, 4, meter)
+        running = engine(lm, max_num_seqs=8, max_num_batched_tokens=64)
+        for i in range(8):
+            running.add_request(str(i), [i + 1] * 7, SamplingParams(max_tokens=2, seed=i, ignore_eos=True, **limit))
+        meter.start()
+        drain(running)
+        assert meter.peak() <= needed

@@ -56,7 +56,8 @@ def activation_memory(
     The caches are of a single block afterwards and are to be made anew.
     """
     most = min(SamplingParams().num_candidates, lm.vocab_size)
-    asked = SamplingParams(num_candidates=most, max_tokens=_STEPS + 1, ignore_eos=True, seed=0)
+    # With a limit scores are sorted in float64: several copies of every sequence's.
+    asked = SamplingParams(num_candidates=most, top_p=0.9, max_tokens=_STEPS + 1, ignore_eos=True, seed=0)
     per_token = asked.num_candidates + 1 if scorers else 1
     seqs = max(1, min(max_num_seqs, max_num_batched_tokens // per_token))
     longest = max(1, max_model_len - _STEPS - 2)
