@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from vas_engine.files import replacing, write_json
+from vas_engine.files import read_text, replacing, write_json
 
 
 def write(path: Path, content: str, folder: bool) -> None:
@@ -48,6 +50,20 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, folder: bool, error: typ
         fail()
     assert read(target) == "first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_safetensors_cannot_write_is_an_os_error(tmp_path: Path) -> None:
+    def save() -> None:
+        with replacing(tmp_path / "target") as fresh:
+            save_file({"x": torch.zeros(3)}, fresh / "no folder" / "x")
+
+    with pytest.raises(OSError, match=r"target cannot be written .*No such file"):
+        save()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("\ufeffé\r\nb".encode())
+    assert read_text(tmp_path / "text") == "é\nb"
 
 
 @pytest.mark.parametrize("folder", [False, True])

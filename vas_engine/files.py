@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all; texts that people wrote."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -17,6 +19,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     After an error, Ctrl-C included, ``path`` is as it was and nothing lies beside it. What a killed process left is
     written over by the next, so two must not write to one path at a time.
+
+    Raises:
+        OSError: it cannot be written, a full disk say, also where safetensors were being written.
     """
     path = Path(os.path.abspath(path))  # `.` has no name
     fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -32,8 +37,20 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         os.replace(fresh, path)
         _remove(old)
+    except SafetensorError as error:  # what it makes of an OSError
+        raise OSError(f"{path} cannot be written ({error})") from error
     finally:
         _remove(fresh)
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text of a file that people wrote, without the byte order mark that some editors begin it with.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return path.read_text(encoding="utf-8-sig")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -27,6 +27,12 @@ def test_every_format(tmp_path):
     assert load_prompts(tmp_path / "b.parquet") == [CHAT]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    for name, text in (("a.txt", "One"), ("a.jsonl", '"One"'), ("a.json", '["One"]'), ("a.yaml", "- One")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_prompts(tmp_path / name) == ["One"]
+
+
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(InvalidArgumentError, match="no such file"):
         load_prompts(tmp_path / "a.txt")

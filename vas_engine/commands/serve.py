@@ -12,6 +12,7 @@ from typing import Any
 
 from vas_engine.commands.options import add_api_options, add_model_options, given, load_llm, load_remote
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.files import read_text
 
 _EPILOG = """\
 examples:
@@ -186,7 +187,7 @@ def _folder(option: str, name: str) -> Path:
 
 def _read(option: str, name: str) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return read_text(Path(name))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(option, name, f"cannot be read as UTF-8 text ({error})") from error
 

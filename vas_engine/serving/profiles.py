@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from vas_engine.errors import InvalidArgumentError, nearest
-from vas_engine.files import replacing
+from vas_engine.files import read_text, replacing
 from vas_engine.serving.errors import ServingError, bad_request
 from vas_engine.serving.protocol import Profile
 
@@ -82,7 +82,7 @@ class Profiles:
 
 def _read(path: Path) -> dict[str, Profile]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
         listed = content["profiles"]
         return {str(name): Profile.model_validate(entry) for name, entry in listed.items()}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vas_engine.errors import InvalidArgumentError, TrainingDataError, nearest
+from vas_engine.files import read_text
 
 __all__ = ["Prompt", "load_prompts"]
 
@@ -65,11 +66,11 @@ def load_prompts(source: str | Path, *, column: str | None = None, split: str | 
 def _read_file(path: Path, column: str | None) -> tuple[Any, str | None]:
     """Entries of a file; the column that was read where only one was."""
     if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()], column
+        return [line for line in read_text(path).splitlines() if line.strip()], column
     if path.suffix == ".jsonl":
         return _read_lines(path), column
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8")), column
+        return json.loads(read_text(path)), column
     if path.suffix in (".yaml", ".yml"):
         return _read_yaml(path), column
     if path.suffix == ".parquet":
@@ -83,7 +84,7 @@ def _read_file(path: Path, column: str | None) -> tuple[Any, str | None]:
 def _read_lines(path: Path) -> list[Any]:
     entries = []
     # Not splitlines: JSON may hold other line ends of Unicode's as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             entries += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -95,7 +96,7 @@ def _read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 
