@@ -190,6 +190,31 @@ def test_prompts_from_stdin_and_files_equal_those_from_arguments(model, capsys, 
     assert tokens(from_stdin) == tokens(expected[0])
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.yaml"])
+def test_prompts_of_a_file_go_by_its_ending(model, capsys, tmp_path, name):
+    texts = {".txt": "Hi\nYo", ".jsonl": '"Hi"\n"Yo"', ".json": '["Hi", {"prompt": "Yo"}]', ".yaml": "- Hi\n- Yo"}
+    file = tmp_path / name
+    file.write_text(texts[file.suffix], encoding="utf-8-sig")
+    out = vas(capsys, "generate", model, "--file", file, "--json", "--max-tokens", "1", "--quiet", *FAST)[1]
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["Hi", "Yo"]
+
+
+def test_prompts_may_stand_behind_options(model, capsys):
+    options = ["--json", "--max-tokens", "1", "--quiet", *FAST]
+    for words in (
+        ["Hi", "Yo", *options],
+        [*options, "Hi", "Yo"],
+        ["Hi", *options, "Yo"],
+        ["Hi", *options, "--", "-Yo"],
+    ):
+        code, out, _ = vas(capsys, "generate", model, *words)
+        assert code == OK
+        assert [json.loads(line)["prompt"].strip("-") for line in out.splitlines()] == ["Hi", "Yo"]
+    with pytest.raises(SystemExit):
+        vas(capsys, "info", "--json", model, "one more")
+    assert "unrecognized arguments: one more" in capsys.readouterr().err
+
+
 def test_json_holds_everything(model, value, capsys):
     words = [
         "generate",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import takewhile
 from typing import NamedTuple, NoReturn
 
 from vas_engine import __version__
@@ -106,13 +107,21 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Names the nearest command, or option of a command, in place of listing all of them or none."""
+    """Names the nearest command, or option of a command, in place of listing all of them or none.
+
+    Arguments of which there may be any number (prompts) may stand behind options, too.
+    """
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
-        option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        words = takewhile(lambda word: word != "--", unknown)
+        option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
         if option and self.prog != "vas":
             self.error(f"unknown option {option}; {nearest(option, self._option_string_actions)}")
+        several = next((action for action in self._get_positional_actions() if action.nargs == "*"), None)
+        if several and not option:  # argparse takes no more of them once an option stood between
+            getattr(found, several.dest).extend(word for word in unknown if word != "--")
+            unknown = []
         return found, unknown
 
     def error(self, message: str) -> NoReturn:

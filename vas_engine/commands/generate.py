@@ -21,6 +21,7 @@ from vas_engine.commands.options import (
     read_params,
 )
 from vas_engine.errors import InvalidArgumentError
+from vas_engine.files import read_text
 from vas_engine.outputs import CompletionOutput, RequestOutput
 from vas_engine.params import SamplingParams
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from vas_engine.prompts import Prompt
 
 _EPILOG = """\
-prompts: arguments; or --file, a text file with a prompt a line, or .jsonl with texts or objects
-  {"prompt": text | "prompt_token_ids": ids | "messages": [...], "params": {...}}; or stdin, as one prompt.
+prompts: arguments; or --file, a text file with a prompt a line, .jsonl with texts or objects
+  {"prompt": text | "prompt_token_ids": ids | "messages": [...], "params": {...}}, or .json, .yaml or .parquet as
+  `vas collect --prompts` takes them; or stdin, as one prompt.
 
 examples:
   vas generate MODEL "Once upon a time" --max-tokens 100
@@ -57,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder or hub name of a Hugging Face causal LM; not with --api-base")
     add("prompts", nargs="*", metavar="PROMPT", help="default: --file, or stdin")
-    add("--file", metavar="FILE", help=".txt, a prompt a line, or .jsonl; - is stdin, a prompt a line")
+    add("--file", metavar="FILE", help="see below; - is stdin, a prompt a line")
     add("--chat", action="store_true", help="each prompt is a user's message, by the model's chat template")
     add("--system", metavar="TEXT", help="system message for --chat")
     add("--json", action="store_true", help="one JSON object a line, with everything there is to know")
@@ -158,14 +160,18 @@ def _read_records(args: argparse.Namespace) -> Iterable[Any]:
 
 
 def _read_file(name: str) -> list[Any]:
+    if name.endswith((".json", ".yaml", ".yml", ".parquet")):
+        from vas_engine.training.prompts import load_prompts
+
+        return [prompt if isinstance(prompt, str) else {"messages": prompt} for prompt in load_prompts(name)]
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else read_text(Path(name))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError("--file", name, f"cannot be read as UTF-8 text ({error})") from error
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InvalidArgumentError("--file", name, "holds no prompt; write one a line")
-    if not name.endswith((".jsonl", ".json")):
+    if not name.endswith(".jsonl"):
         return [line.removesuffix("\r") for _, line in lines]
     return [_parse(name, number, line) for number, line in lines]
 
