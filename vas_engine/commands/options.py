@@ -188,14 +188,19 @@ def load_llm(args: argparse.Namespace, values: Any = None) -> LLM:
     ranks = 1 if size is None else size
     if ranks > 1 and "WORLD_SIZE" not in os.environ:
         _start_ranks(ranks, args.words)
-    from transformers.utils import logging
-
     from vas_engine.llm import LLM
+
+    hide_loading(args)
+    loaded = read_values(args.value) if values is None else values
+    return LLM(args.model, loaded, tensor_parallel_size=ranks, **given(args, _MODEL_OPTIONS))
+
+
+def hide_loading(args: argparse.Namespace) -> None:
+    """No progress bars of transformers' where nobody watches, or with --quiet."""
+    from transformers.utils import logging
 
     if getattr(args, "quiet", False) or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    loaded = read_values(args.value) if values is None else values
-    return LLM(args.model, loaded, tensor_parallel_size=ranks, **given(args, _MODEL_OPTIONS))
 
 
 def _start_ranks(count: int, words: Sequence[str]) -> NoReturn:

@@ -108,6 +108,7 @@ def _add_settings(group: Any, *options: tuple[str, str, str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit status is 130 after Ctrl-C."""
+    from vas_engine.commands.options import hide_loading
     from vas_engine.model.lm import CausalLM
     from vas_engine.tokenizer import load_tokenizer
     from vas_engine.training.base import FrozenBase, read_states
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     config = FitConfig(**given(args, [field.name for field in dataclasses.fields(FitConfig)]))
     rollouts = load_rollouts(args.rollouts)
     branching = _Branching(args, rollouts, config) if args.branch_points is not None else None
+    hide_loading(args)
     tokenizer = load_tokenizer(args.model, None, None, required=branching is not None)
     lm = branching.llm.lm if branching else CausalLM.load(args.model, device=args.device)
     networks = _make_networks(args, config, rollouts, lm, tokenizer)
