@@ -47,7 +47,10 @@ def render_chat(tokenizer: Any | None, messages: Any, **options: Any) -> Prompt:
     if tokenizer is None:
         raise InvalidArgumentError("messages", messages, "no tokenizer is loaded; chat needs one with a template")
     if not getattr(tokenizer, "chat_template", None) and not options.get("chat_template"):
-        fix = "the tokenizer has no chat template (a base model?); use generate, or pass chat_template="
+        fix = (
+            "the tokenizer has no chat template (a base model?): complete a text, or give chat_template= (vas serve "
+            "--chat-template)"
+        )
         raise InvalidArgumentError("messages", messages, fix)
     shape = isinstance(messages, list | tuple) and all(isinstance(m, dict) and "role" in m for m in messages)
     if not shape or not messages:

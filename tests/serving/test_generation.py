@@ -297,7 +297,9 @@ def test_a_bad_prompt_in_a_list_leaves_nothing_behind(served: Served) -> None:
 
 def test_chat_without_a_template_says_what_to_do() -> None:
     with serving(make_llm(tokenizer=byte_tokenizer())) as bare:
-        assert "no chat template" in refused(bare, "messages", "/v1/chat/completions")
+        message = refused(bare, "messages", "/v1/chat/completions")
+        assert "no chat template" in message
+        assert "--chat-template" in message
     with serving(make_llm(tokenizer=byte_tokenizer()), chat_template=TEMPLATE) as given:
         body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
         assert given.post("/tokenize", {"messages": body["messages"]}).json()["count"] == len("[user]a[bot]")
