@@ -5,6 +5,7 @@ import re
 
 import pytest
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from vas_engine.cli import main
 from vas_engine.errors import TrainingDataError
@@ -135,6 +136,13 @@ def test_what_cannot_work(train, runs, monkeypatch, options, said):
     assert status != 0
     assert said in err
     assert not (runs / "nothing").exists()
+
+
+def test_bars_of_loading_stay_out_of_logs(train):
+    logging.enable_progress_bar()
+    _, _, err = train("--reward", "mod", out="nothing")
+    assert "did you mean 'mood'" in err
+    assert "Loading" not in err
 
 
 def test_what_is_trained_outlives_branches_that_fail(train, runs, monkeypatch):

@@ -166,6 +166,7 @@ def load_remote(args: argparse.Namespace, url: str, model: str, other: str, body
     if not isinstance(body, dict):
         raise InvalidArgumentError(body_option, text, "must be a JSON object")
     tokenizers = read_values(args.value_tokenizer) or {}
+    hide_loading(args)
     return RemoteLLM(
         url,
         model,
