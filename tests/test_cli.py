@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +59,30 @@ def spawn(*words, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "vas_engine.cli", *words], **(pipes | options))
 
 
+def shown_commands() -> list[str]:
+    """Whole commands that the documents and --help show, each once: lines of a block, continued where they say so."""
+    root = Path(__file__).resolve().parents[1]
+    texts = [path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "docs").rglob("*.md")))]
+    for name in COMMANDS:
+        parsers = next(action.choices for action in cli._parser(name)._actions if action.choices)
+        texts.append(parsers[name].epilog)
+    pattern = re.compile(r"^(?:    |  |\$ |.*\| |[A-Z_]+=\w+ )*(vas [a-z]+.*?)(?: {3,}.*)?$", re.MULTILINE)
+    joined = re.sub(r"\\\n *", "", "\n".join(texts))
+    return sorted({shown for shown in pattern.findall(joined) if shown.split()[1] in COMMANDS and "`" not in shown})
+
+
+def test_every_command_is_shown():
+    assert {shown.split()[1] for shown in shown_commands()} == set(COMMANDS)
+
+
 # -- the frame -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", shown_commands())
+def test_commands_that_are_shown_are_understood(shown):
+    words = shlex.split(shown, comments=True)[1:]
+    end = next((place for place, word in enumerate(words) if word in ("|", ">")), len(words))
+    assert "run" in cli._parser(words[0]).parse_args(words[:end])
 
 
 def test_help_lists_commands_and_imports_nothing_heavy():
