@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from vas_engine.values.config import default_config
 from vas_engine.values.network import ValueNetwork
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--device", "cpu", "--kv-cache-memory", "1MiB"]
 
 
@@ -61,8 +63,8 @@ def spawn(*words, **options) -> subprocess.Popen:
 
 def shown_commands() -> list[str]:
     """Whole commands that the documents and --help show, each once: lines of a block, continued where they say so."""
-    root = Path(__file__).resolve().parents[1]
-    texts = [path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "docs").rglob("*.md")))]
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    texts = [page.read_text(encoding="utf-8") for page in pages]
     for name in COMMANDS:
         parsers = next(action.choices for action in cli._parser(name)._actions if action.choices)
         texts.append(parsers[name].epilog)
@@ -386,7 +388,9 @@ def test_info_describes_the_installation(capsys):
     assert torch.__version__.startswith(report["torch"])  # which leaves the build (+cpu) out
     assert report["torch threads"] == torch.get_num_threads()
     assert report["sampler"].split()[0] in ("cpp", "reference")
-    assert set(report["extras"]) >= {"train", "plot"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    sums = {"demo", "test", "dev"}  # of other extras
+    assert set(report["extras"]) == set(project["optional-dependencies"]) - sums
     assert "sampler: " in vas(capsys, "info")[1]
 
 

@@ -23,6 +23,10 @@ _EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client", "yaml"),
     "otel": ("opentelemetry",),
     "remote": ("httpx",),
+    "vllm": ("vllm",),
+    "ray": ("ray",),
+    "lm-eval": ("lm_eval",),
+    "trl": ("trl",),
     "gpu": ("triton",),
 }
 _EPILOG = """\
