@@ -160,6 +160,16 @@ def test_no_folder_of_values_no_loading(folder: Path) -> None:
 # -- profiles ------------------------------------------------------------------------------------------------
 
 
+def test_a_file_of_profiles_that_nobody_will_write_has_to_be_there(tmp_path: Path) -> None:
+    with serving(admin_key="root", profiles=tmp_path / "none.yaml") as served, served.client() as client:
+        assert client.get("/v1/profiles").json()["profiles"] == {}
+    with (
+        pytest.raises(InvalidArgumentError, match=r"none\.yaml.*No such file"),
+        serving(profiles=tmp_path / "none.yaml"),
+    ):
+        pass
+
+
 def test_profiles_from_a_file_and_by_the_admin_api(tmp_path: Path) -> None:
     file = tmp_path / "profiles.yaml"
     file.write_text("profiles:\n  gentle:\n    weights: {kind: 3, long: 0.5}\n    description: für alle\n")

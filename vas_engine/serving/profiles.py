@@ -25,16 +25,17 @@ class Profiles:
             description: for the help desk
 
     Args:
-        path: read now, written whenever something changes; it need not exist. None keeps all in memory.
+        path: read now, written whenever something changes. None keeps all in memory.
+        writable: whether anything can change, so that the file need not exist yet.
 
     Raises:
-        InvalidArgumentError: a file that holds something else.
+        InvalidArgumentError: a file that holds something else, or none where nobody will write it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, writable: bool = True) -> None:
         self._path = path
         self._profiles: dict[str, Profile] = {}
-        if path is not None and path.exists():
+        if path is not None and (path.exists() or not writable):
             self._profiles = _read(path)
 
     def weights(self, name: str | None) -> dict[str, float]:

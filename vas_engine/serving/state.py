@@ -42,7 +42,7 @@ class State:
 
     def __init__(self, llm: LLM | RemoteLLM, settings: Settings) -> None:
         self.llm, self.settings = llm, settings
-        self.profiles = Profiles(settings.profiles)
+        self.profiles = Profiles(settings.profiles, writable=settings.admin_key is not None)
         self.metrics = Metrics(settings.model_name)
         self.worker = _backend(llm, settings, self.metrics)
         self.metrics.include(self.worker)
