@@ -229,14 +229,15 @@ def test_a_deadline_ends_a_request_with_what_it_has(lm, n: int) -> None:
     running.add_request("late", PROMPT, params(n=n, max_tokens=None), deadline=time.monotonic() + 1000)
     running.add_request("never", PROMPT, params())
     events = [event for _ in range(4) for event in running.step()]
-    running._deadlines["late"] = time.monotonic()
+    for sequence in running._live["late"]:
+        sequence.deadline = time.monotonic()
     events += drain(running)
     ended = [event for event in events if event.request_id == "late" and event.finish_reason]
     assert [event.index for event in ended] == list(range(n))
     assert all(event.overdue and event.finish_reason == "length" and event.error is None for event in ended)
     assert len(tokens(events)[("late", 0)]) == 4
     assert len(tokens(events)[("never", 0)]) == 12
-    assert not running._deadlines
+    assert not running._timed
     assert running.blocks.num_used == 0
     running.scheduler.check()
 

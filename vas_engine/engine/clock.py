@@ -42,6 +42,10 @@ class Clock:
         """What the present step's tokens have taken so far."""
         return time.monotonic() - self._since
 
+    def is_overdue(self, sequence: Sequence) -> bool:
+        """Whether its deadline had come when the step began."""
+        return sequence.deadline is not None and sequence.deadline <= self.started
+
     def is_behind(self, sequence: Sequence) -> bool:
         """Whether it will not have all its tokens by its deadline if steps take what they took."""
         most = sequence.params.max_tokens

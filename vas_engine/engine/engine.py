@@ -92,7 +92,7 @@ class Engine:
         self.pace: Pace | None = None
         self.clock = Clock()
         self._live: dict[str, list[Sequence]] = {}
-        self._deadlines: dict[str, float] = {}  # of the live requests that have one
+        self._timed: dict[str, None] = {}  # the live requests that have a deadline
         self._arrivals = 0
         self._ended: list[TokenEvent] = []
 
@@ -151,7 +151,7 @@ class Engine:
         self.scheduler.add(sequence)
         self._live[request_id] = [sequence]
         if deadline is not None:
-            self._deadlines[request_id] = deadline
+            self._timed[request_id] = None
 
     def add_value(self, name: str, scorer: Scorer) -> None:
         """Load a bound network between two steps; the requests that run go on as if nothing had happened.
@@ -309,7 +309,7 @@ class Engine:
         siblings = self._live[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:
-            self._deadlines.pop(sequence.request_id, None)
+            self._timed.pop(sequence.request_id, None)
             del self._live[sequence.request_id]
 
     def capture_graphs(self) -> None:
@@ -349,9 +349,9 @@ class Engine:
         return bool(plan.works)
 
     def _end_overdue(self, events: list[TokenEvent]) -> None:
-        for request_id in [name for name, deadline in self._deadlines.items() if deadline <= self.clock.started]:
-            for sequence in list(self._live[request_id]):
-                events += self._end(sequence, finish_reason="length", overdue=True)
+        timed = [sequence for request_id in self._timed for sequence in self._live[request_id]]
+        for sequence in filter(self.clock.is_overdue, timed):
+            events += self._end(sequence, finish_reason="length", overdue=True)
 
     def _prompt_rows(self, pace: Pace) -> int:
         """Rows of prompts that the latency bound leaves beside the sequences that decode."""
