@@ -122,16 +122,15 @@ def attend_item(
     valid = row < tl.load(offsets + group + 1)
     head = kv_head * SHARE + pair % SHARE
     row = row.to(tl.int64)
+    # Heads may lie farther apart than 32 bits count: a prompt's rows of one, then those of the next.
+    queries = q + (row * q_row + head.to(tl.int64) * q_head)[:, None]
     dim = tl.arange(0, D)
     in_head = dim < HEAD_DIM
-    query = tl.load(
-        q + (row * q_row + head * q_head)[:, None] + dim[None, :], valid[:, None] & in_head[None, :], other=0.0
-    )
+    query = tl.load(queries + dim[None, :], valid[:, None] & in_head[None, :], other=0.0)
     if TURNED:
         half: tl.constexpr = HEAD_DIM // 2
         mask, turn = valid[:, None] & in_head[None, :], turns + (row * HEAD_DIM)[:, None] + (dim % half)[None, :]
-        across = q + (row * q_row + head * q_head)[:, None] + ((dim + half) % HEAD_DIM)[None, :]
-        across = tl.load(across, mask, other=0.0).to(tl.float32)
+        across = tl.load(queries + ((dim + half) % HEAD_DIM)[None, :], mask, other=0.0).to(tl.float32)
         across = tl.where((dim < half)[None, :], -across, across) * tl.load(turn + half, mask, other=0.0)
         query = (query.to(tl.float32) * tl.load(turn, mask, other=0.0) + across).to(q.dtype.element_ty)
 
@@ -162,11 +161,11 @@ def attend_item(
         if not WRITES:
             mine = mine & (tl.load(see_self + row, valid, other=0) != 0)
         mask = mine[:, None] & in_head[None, :]
-        key = tl.load(k + (row * k_row + kv_head * k_head)[:, None] + dim[None, :], mask, other=0.0)
+        key = tl.load(k + (row * k_row + kv_head.to(tl.int64) * k_head)[:, None] + dim[None, :], mask, other=0.0)
         score = _score(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1), scale, softcap, CAPPED)
         highest = tl.where(mine, score, highest)
         total = tl.where(mine, 1.0, total)
-        value = tl.load(v + (row * v_row + kv_head * v_head)[:, None] + dim[None, :], mask, other=0.0)
+        value = tl.load(v + (row * v_row + kv_head.to(tl.int64) * v_head)[:, None] + dim[None, :], mask, other=0.0)
         result = value.to(tl.float32)
         if WRITES:
             own_slot = tl.load(slots + row, mine, other=0)

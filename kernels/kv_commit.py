@@ -44,7 +44,7 @@ def _copy(source, target, row, slot, row_stride, head_stride, KV_HEADS, HEAD_DIM
     for start in tl.static_range(0, width, AT_ONCE):
         at = start + tl.arange(0, AT_ONCE)
         inside = at < width
-        taken = tl.load(source + at // HEAD_DIM * head_stride + at % HEAD_DIM, inside)
+        taken = tl.load(source + (at // HEAD_DIM).to(tl.int64) * head_stride + at % HEAD_DIM, inside)
         tl.store(target + at, taken.to(target.dtype.element_ty), inside)
 
 

@@ -202,13 +202,18 @@ def test_not_finite_rows_stay_not_finite_and_alone():
         torch.testing.assert_close(got, clean)
 
 
-def test_addresses_beyond_two_to_the_31():
-    """Numbers of the pages are counted in 64 bits. Keys serve as values: memory that is not touched costs nothing."""
-    blocks, block_size, dim = 2**31 // (16 * 64) + 2, 16, 64
+def untouched(*shape: int) -> torch.Tensor:
+    """Memory that costs nothing where nobody touches it."""
     try:
-        pages = torch.empty((blocks, block_size, 1, dim), dtype=torch.bfloat16, device=DEVICE)
+        return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"no room for 4 GiB of addresses: {error}")
+
+
+def test_addresses_beyond_two_to_the_31():
+    """Numbers of the pages are counted in 64 bits. Keys serve as values."""
+    blocks, block_size, dim = 2**31 // (16 * 64) + 2, 16, 64
+    pages = untouched(blocks, block_size, 1, dim)
     torch.manual_seed(0)
     pages[-1] = torch.randn(block_size, 1, dim)
     layout = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([[0]], [0, 1], [16])]
@@ -216,6 +221,15 @@ def test_addresses_beyond_two_to_the_31():
     wanted = reference.candidate_attention(q.float(), *[pages[-1:].float()] * 2, *layout, scale=0.2)
     layout[0] += blocks - 1
     check(candidate_attention(q, pages, pages, *layout, scale=0.2).cpu(), wanted.double().cpu(), torch.bfloat16)
+
+
+def test_heads_farther_apart_than_two_to_the_31():
+    """As those of a prompt's rows are, whose heads lie behind one another. Queries serve as keys and values."""
+    case = make_case(16, [[20]], kv_heads=3, share=1, dim=64, dtype=torch.bfloat16)
+    case.q = untouched(2**31 + 64).as_strided((1, 3, 64), (64, 2**30, 1))
+    case.q.copy_(torch.randn(1, 3, 64))
+    case.k = case.v = case.q
+    compare(case, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

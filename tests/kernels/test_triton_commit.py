@@ -53,6 +53,20 @@ def test_write_leaves_out_what_has_no_slot(dtype, kv_heads, dim):
     write_pages(k[:0], v[:0], *mine, slots[:0])
 
 
+def test_heads_farther_apart_than_two_to_the_31():
+    """As those of a prompt's rows are; memory that nobody touches costs nothing."""
+    try:
+        memory = torch.empty(2**31 + 4, dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no room for 4 GiB of addresses: {error}")
+    rows = memory.as_strided((1, 3, 4), (4, 2**30, 1))
+    rows.copy_(torch.arange(12).view(1, 3, 4))
+    pages = [poisoned(3, 4, torch.bfloat16) for _ in "kv"]
+    write_pages(rows, rows, *pages, integers(9))
+    for each in pages:
+        assert torch.equal(each.view(-1, 12)[9], torch.arange(12, device=DEVICE).bfloat16())
+
+
 def test_numbers_become_those_of_the_pages():
     k, v = (torch.tensor([1.5, -2.25, 1e-3, 3.0], device=DEVICE).view(1, 1, 4) for _ in "kv")
     pages = [poisoned(1, 4, torch.float16) for _ in "kv"]
