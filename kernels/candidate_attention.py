@@ -122,15 +122,16 @@ def attend_item(
     valid = row < tl.load(offsets + group + 1)
     head = kv_head * SHARE + pair % SHARE
     row = row.to(tl.int64)
-    # Heads may lie farther apart than 32 bits count: a prompt's rows of one, then those of the next.
-    queries = q + (row * q_row + head.to(tl.int64) * q_head)[:, None]
     dim = tl.arange(0, D)
     in_head = dim < HEAD_DIM
-    query = tl.load(queries + dim[None, :], valid[:, None] & in_head[None, :], other=0.0)
+    query = tl.load(
+        q + (row * q_row + head * q_head)[:, None] + dim[None, :], valid[:, None] & in_head[None, :], other=0.0
+    )
     if TURNED:
         half: tl.constexpr = HEAD_DIM // 2
         mask, turn = valid[:, None] & in_head[None, :], turns + (row * HEAD_DIM)[:, None] + (dim % half)[None, :]
-        across = tl.load(queries + ((dim + half) % HEAD_DIM)[None, :], mask, other=0.0).to(tl.float32)
+        across = q + (row * q_row + head * q_head)[:, None] + ((dim + half) % HEAD_DIM)[None, :]
+        across = tl.load(across, mask, other=0.0).to(tl.float32)
         across = tl.where((dim < half)[None, :], -across, across) * tl.load(turn + half, mask, other=0.0)
         query = (query.to(tl.float32) * tl.load(turn, mask, other=0.0) + across).to(q.dtype.element_ty)
 
@@ -161,11 +162,11 @@ def attend_item(
         if not WRITES:
             mine = mine & (tl.load(see_self + row, valid, other=0) != 0)
         mask = mine[:, None] & in_head[None, :]
-        key = tl.load(k + (row * k_row + kv_head.to(tl.int64) * k_head)[:, None] + dim[None, :], mask, other=0.0)
+        key = tl.load(k + (row * k_row + kv_head * k_head)[:, None] + dim[None, :], mask, other=0.0)
         score = _score(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1), scale, softcap, CAPPED)
         highest = tl.where(mine, score, highest)
         total = tl.where(mine, 1.0, total)
-        value = tl.load(v + (row * v_row + kv_head.to(tl.int64) * v_head)[:, None] + dim[None, :], mask, other=0.0)
+        value = tl.load(v + (row * v_row + kv_head * v_head)[:, None] + dim[None, :], mask, other=0.0)
         result = value.to(tl.float32)
         if WRITES:
             own_slot = tl.load(slots + row, mine, other=0)
@@ -497,6 +498,7 @@ def candidate_attention(
     partial, stats = scratch[: partials * size], scratch[partials * size :]
     # An argument that nothing is read from is given some tensor that is at hand.
     key, value = (k, v) if k is not None and v is not None else (q, q)
+    q, key, value = (_within_reach(each) for each in (q, key, value))
     flags = see_self.view(torch.uint8) if own and see_self is not None and not writes else items.table
     shape: dict[str, Any] = {"KV_HEADS": kv_heads, "SHARE": heads // kv_heads, "HEAD_DIM": head_dim}
     grid = (work * kv_heads,)
@@ -517,6 +519,13 @@ def candidate_attention(
             num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
+
+
+def _within_reach(tensor: Tensor) -> Tensor:
+    """The tensor [R, H, D], its heads no farther apart than the 32 bits in which the kernel counts them; rows and pages
+    are counted in 64.
+    """
+    return tensor if tensor.shape[1] * tensor.stride(1) < 2**31 else tensor.contiguous()
 
 
 # As operators, planned from shapes, so that compiled code and graphs see through them. Defined directly rather than by
